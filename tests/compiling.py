@@ -1,0 +1,81 @@
+"""Compile a plan's kernel for a real target, with no GPU, and read what matters off the result."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trigru.backward import _gru_backward_kernel
+from trigru.forward import _gru_forward_kernel
+from trigru.launch import compile_time
+from trigru.plan import DeviceLimits, LaunchPlan
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# SMs and the shared memory that one program can have, from the CUDA programming guide's table of
+# technical specifications and the vendor's data sheets.
+TARGETS = {
+    80: DeviceLimits("A100 (sm_80)", (8, 0), 108, 163 * 1024),
+    86: DeviceLimits("RTX 3090 (sm_86)", (8, 6), 82, 99 * 1024),
+    90: DeviceLimits("H100 (sm_90)", (9, 0), 132, 227 * 1024),
+    100: DeviceLimits("B200 (sm_100)", (10, 0), 148, 227 * 1024),
+    120: DeviceLimits("RTX 5090 (sm_120)", (12, 0), 170, 99 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    shared_bytes: int
+    registers: int
+    stack_bytes: int  # local memory: spills
+    ttgir: str
+    ptx: str
+    sass: str
+
+    def count(self, opcode: str) -> int:
+        return len(re.findall(rf"\b{opcode}\b", self.sass))
+
+
+def compile_plan(
+    sm: int, plan: LaunchPlan, dtype: torch.dtype, *, backward: bool, textbook: bool, tf32: bool = True
+) -> Compiled:
+    """The kernel as the JIT would compile it for training with this plan."""
+    kernel = _gru_backward_kernel if backward else _gru_forward_kernel
+    switches = {"TEXTBOOK": textbook, "REVERSE": False}
+    if not backward:
+        switches |= {"HAS_BIAS": not textbook, "SAVE": True}
+    constants = compile_time(plan, tf32, **switches)
+    scalars = {"T": "i32", "B": "i32", "wait_limit": "i64", "first_direction": "i32"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in scalars:
+            signature[name] = scalars[name]
+        else:
+            signature[name] = "*i32" if name == "error_ptr" else "*" + ELEMENT[dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": plan.num_warps, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run("cuobjdump", "-res-usage", cubin.name)
+        sass = _run("nvdisasm", "-c", cubin.name)
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
+    return Compiled(
+        compiled.metadata.shared, int(registers), int(stack), compiled.asm["ttgir"],
+        compiled.asm["ptx"], sass,
+    )  # fmt: skip
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout

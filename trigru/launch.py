@@ -1,0 +1,91 @@
+"""Launching a persistent kernel, and turning a wait that ran out into an exception."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import LaunchPlan
+
+# How long a launch may take before its waits give up: a fixed part and a part for each step.
+WAIT_SECONDS = 5.0  # over 2³¹ ns, so that the bound is an int64 for every T
+WAIT_SECONDS_PER_STEP = 1e-3
+
+_error_flags: dict[torch.device, Tensor] = {}
+
+
+class ExchangeTimeout(RuntimeError):
+    """A program of a persistent launch waited too long for another one's data."""
+
+
+def wait_limit(T: int) -> int:
+    """The bound on all waits of one launch over T steps, in nanoseconds of the device's clock."""
+    return int(1e9 * (WAIT_SECONDS + WAIT_SECONDS_PER_STEP * T))
+
+
+def error_flag(device: torch.device) -> Tensor:
+    """The int32 that a failed wait sets. It is host memory that the device can write, so that the
+    host can look at it at any time without waiting for the device."""
+    if device not in _error_flags:
+        flag = torch.zeros(1, dtype=torch.int32)
+        _error_flags[device] = flag.pin_memory() if device.type == "cuda" else flag
+    return _error_flags[device]
+
+
+def raise_if_failed(device: torch.device) -> None:
+    """Raise `ExchangeTimeout` if a launch on this device gave up waiting.
+
+    Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
+    follows it, or by this function after a `torch.cuda.synchronize()`."""
+    flag = error_flag(device)
+    if flag.item():
+        flag.zero_()
+        raise ExchangeTimeout(
+            f"a TriGRU launch on {device} gave up waiting for data from one of its own programs; "
+            "its results are NaN from there on. The programs of a launch must all run at the same "
+            "time: is another process holding the device, or a debugger stopping it?"
+        )
+
+
+def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
+    """The kernel's constexpr arguments for a plan, by name."""
+    return {
+        "D": plan.D,
+        "H": plan.H,
+        "H_PAD": plan.H_pad,
+        "H_ROW": plan.row,
+        "BLOCK_H": plan.BLOCK_H,
+        "BLOCK_B": plan.BLOCK_B,
+        "BLOCK_K": plan.BLOCK_K,
+        "SPLIT_K": plan.SPLIT_K,
+        "SPIN": plan.spin,
+        "SOLO": plan.solo,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        **switches,
+    }
+
+
+def launch(kernel: Any, arguments: tuple, T: int, B: int, plan: LaunchPlan, **switches: bool) -> None:
+    """Launch `kernel` over T steps of B rows as `plan` says: once, or once for each direction."""
+    if B == 0:
+        return
+    device, dtype = arguments[0].device, arguments[0].dtype
+    raise_if_failed(device)
+    # PyTorch's own switch for recurrent layers; 16-bit types have only one precision.
+    tf32 = dtype != torch.float32 or torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for first_direction in range(0, plan.D, plan.directions):
+            kernel[plan.grid(B)](
+                *arguments,
+                error_flag(device),
+                T,
+                B,
+                wait_limit(T),
+                first_direction,
+                **compile_time(plan, tf32, **switches),
+                num_warps=plan.num_warps,
+                num_stages=1,
+                # A solo grid may be larger than the device; a group that is must fail, not hang.
+                launch_cooperative_grid=not plan.solo,
+            )

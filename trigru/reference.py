@@ -1,0 +1,98 @@
+"""Both equations in plain torch: for any dtype and device, differentiable, slow, easy to check.
+
+Every other path of the library is tested against this one, and it is the path where no kernel
+fits. It has the kernels' own interface: directions side by side, the gates saved, and the walk
+back written out, so that the same code around it serves both.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _steps(T: int, backwards: bool) -> range:
+    return range(T - 1, -1, -1) if backwards else range(T)
+
+
+def gru_forward(
+    gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, *, textbook: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The recurrence over gx (T, B, D, 3H) from h0 (D, B, H), with w_hh (D, 3H, H) and b_hh
+    (D, 3H). With D = 2 the second direction runs backwards in time; with D = 1, `reverse` says so.
+
+    Returns y (T, B, D, H), h_n (D, B, H), the gates (T, B, D, G, H), which are r, z, n and, in the
+    torch form, gh_n = U_n h + b_hn, and r ⊙ h (T, B, D, H)."""
+    T, _, D, _ = gx.shape
+    y, h_n, gates, rh = [], [], [], []
+    for d in range(D):
+        h, w_r, w_z, w_n = h0[d], *w_hh[d].chunk(3)
+        b_r, b_z, b_n = (0, 0, 0) if b_hh is None else b_hh[d].chunk(3)
+        steps: list[tuple[Tensor, Tensor, Tensor]] = [None] * T  # type: ignore[list-item]
+        for t in _steps(T, backwards=reverse or d == 1):
+            gx_r, gx_z, gx_n = gx[t, :, d].chunk(3, dim=-1)  # each (B, H)
+            r = torch.sigmoid(gx_r + h @ w_r.T + b_r)
+            z = torch.sigmoid(gx_z + h @ w_z.T + b_z)
+            reset = r * h
+            if textbook:
+                n = torch.tanh(gx_n + reset @ w_n.T + b_n)
+                h = (1 - z) * h + z * n
+                gate = torch.stack((r, z, n), dim=-2)
+            else:
+                gh_n = h @ w_n.T + b_n
+                n = torch.tanh(gx_n + r * gh_n)
+                h = (1 - z) * n + z * h
+                gate = torch.stack((r, z, n, gh_n), dim=-2)
+            steps[t] = h, gate, reset
+        h_n.append(h)
+        for kept, column in zip((y, gates, rh), zip(*steps, strict=True), strict=True):
+            kept.append(torch.stack(column))
+    return torch.stack(y, 2), torch.stack(h_n), torch.stack(gates, 2), torch.stack(rh, 2)
+
+
+def gru_backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    *,
+    textbook: bool,
+    reverse: bool,
+    dgates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The walk back from dy (T, B, D, H) and dh_n (D, B, H), and from `dgates`, the gradient of the
+    saved gates themselves, which only a second derivative has.
+
+    Returns dgx (T, B, D, 3H), dgh (T, B, D, 3H), the gradients of the recurrent products, and dh0
+    (D, B, H). Differentiable in every tensor: the gates are functions of gx and the state, and
+    whoever differentiates twice passes the gradient that arrives at them back in as `dgates`."""
+    T, _, D, _ = y.shape
+    dgx, dgh, dh0 = [], [], []
+    for d in range(D):
+        w_r, w_z, w_n = w_hh[d].chunk(3)
+        backwards = reverse or d == 1
+        dh, steps = dh_n[d], list[tuple[Tensor, Tensor]]([None] * T)  # type: ignore[list-item]
+        for t in reversed(_steps(T, backwards)):
+            before = t + 1 if backwards else t - 1
+            h = y[before, :, d] if 0 <= before < T else h0[d]
+            r, z, n, *gh_n = gates[t, :, d].unbind(-2)
+            dh = dh + dy[t, :, d]
+            dr, dz, dn, *dgh_n = (0, 0, 0, 0) if dgates is None else dgates[t, :, d].unbind(-2)
+            if textbook:
+                da_n = (dn + dh * z) * (1 - n * n)
+                da_z = (dz + dh * (n - h)) * z * (1 - z)
+                d_reset = da_n @ w_n
+                da_r = (dr + d_reset * h) * r * (1 - r)
+                dh = dh * (1 - z) + d_reset * r + da_z @ w_z + da_r @ w_r
+                steps[t] = (torch.cat((da_r, da_z, da_n), -1),) * 2
+            else:
+                da_n = (dn + dh * (1 - z)) * (1 - n * n)
+                da_z = (dz + dh * (h - n)) * z * (1 - z)
+                da_r = (dr + da_n * gh_n[0]) * r * (1 - r)
+                da_gh = da_n * r + dgh_n[0]
+                dh = dh * z + da_gh @ w_n + da_z @ w_z + da_r @ w_r
+                steps[t] = torch.cat((da_r, da_z, da_n), -1), torch.cat((da_r, da_z, da_gh), -1)
+        dh0.append(dh)
+        for kept, column in zip((dgx, dgh), zip(*steps, strict=True), strict=True):
+            kept.append(torch.stack(column))
+    return torch.stack(dgx, 2), torch.stack(dgh, 2), torch.stack(dh0)

@@ -1,0 +1,92 @@
+"""What both kernels do with tiles: load U once, multiply by it, sum the split products."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def offsets_k(BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """0 … BLOCK_K − 1 as [BLOCK_K], or cut into runs as [SPLIT_K, BLOCK_K // SPLIT_K]."""
+    if SPLIT_K == 1:
+        return tl.arange(0, BLOCK_K)
+    else:
+        runs: tl.constexpr = BLOCK_K // SPLIT_K
+        return tl.arange(0, SPLIT_K)[:, None] * runs + tl.arange(0, runs)[None, :]
+
+
+@triton.jit
+def load_u(u_ptr, offs_h, stride_h: tl.constexpr, stride_k: tl.constexpr, K: tl.constexpr,
+           BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
+    """The rows `offs_h` of one gate's U, as a tuple of K // BLOCK_K tiles.
+
+    Loaded before the time loop and used only as a dot's operand inside it, each tile is placed in
+    shared memory by the compiler and stays there."""
+    tiles = ()
+    offs_k = offsets_k(BLOCK_K, SPLIT_K)
+    for c in tl.static_range(K // BLOCK_K):
+        if SPLIT_K == 1:  # [BLOCK_H, BLOCK_K]
+            offs = offs_h[:, None] * stride_h + (c * BLOCK_K + offs_k)[None, :] * stride_k
+        else:  # [SPLIT_K, BLOCK_H, BLOCK_K // SPLIT_K]
+            offs = offs_h[None, :, None] * stride_h + (c * BLOCK_K + offs_k)[:, None, :] * stride_k
+        tiles = tiles + (tl.load(u_ptr + offs),)
+    return tiles
+
+
+@triton.jit
+def operand_offsets(offs_b, stride_b: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Offsets of the right operand: [BLOCK_K, BLOCK_B] or [SPLIT_K, BLOCK_K // SPLIT_K, BLOCK_B]."""
+    offs_k = offsets_k(BLOCK_K, SPLIT_K)
+    if SPLIT_K == 1:
+        return offs_b[None, :] * stride_b + offs_k[:, None]
+    else:
+        return offs_b[None, None, :] * stride_b + offs_k[:, :, None]
+
+
+@triton.jit
+def operand_mask(mask_b, SPLIT_K: tl.constexpr):
+    """The batch mask, shaped to go with `operand_offsets`."""
+    if SPLIT_K == 1:
+        return mask_b[None, :]
+    else:
+        return mask_b[None, None, :]
+
+
+@triton.jit
+def zeros(BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT_K: tl.constexpr):
+    """An accumulator for a product with U: [BLOCK_H, BLOCK_B], one for each part of a split K."""
+    if SPLIT_K == 1:
+        return tl.zeros([BLOCK_H, BLOCK_B], tl.float32)
+    else:
+        return tl.zeros([SPLIT_K, BLOCK_H, BLOCK_B], tl.float32)
+
+
+@triton.jit
+def total(acc, mask_h, SPLIT_K: tl.constexpr, PADDED: tl.constexpr):
+    """The accumulator's sum over its parts, [BLOCK_H, BLOCK_B], 0 in the padded hidden units.
+
+    Halving with `split` spreads the sum over the warps; `tl.sum` would leave it, and all that
+    follows, replicated in each of them."""
+    if SPLIT_K > 1:
+        BLOCK_H: tl.constexpr = acc.shape[1]
+        BLOCK_B: tl.constexpr = acc.shape[2]
+        acc = tl.permute(acc, (1, 2, 0))
+        if SPLIT_K >= 16:
+            a, b = tl.split(tl.reshape(acc, [BLOCK_H, BLOCK_B, 8, 2]))
+            acc = a + b
+        if SPLIT_K >= 8:
+            a, b = tl.split(tl.reshape(acc, [BLOCK_H, BLOCK_B, 4, 2]))
+            acc = a + b
+        if SPLIT_K >= 4:
+            a, b = tl.split(tl.reshape(acc, [BLOCK_H, BLOCK_B, 2, 2]))
+            acc = a + b
+        a, b = tl.split(acc)
+        acc = a + b
+    if PADDED:
+        # U's padding is 0, and 0 times an infinite state would be NaN: keep it out of the state.
+        acc = tl.where(mask_h[:, None], acc, 0.0)
+    return acc
