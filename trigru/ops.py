@@ -221,7 +221,8 @@ def _backward(
         dgx, dgh, dh0 = reference.gru_backward(
             dy, dh_n, h0, w_hh, y, gates, textbook=textbook, reverse=reverse
         )
-    dw_hh, db_hh = weight_gradients(dgh, h0, y, rh if textbook else None, reverse=reverse)
+    before = reference.states_before(y, h0, reverse=reverse)
+    dw_hh, db_hh = weight_gradients(dgh, before, rh if textbook else before)
     return dgx, dh0, dw_hh, db_hh
 
 
@@ -232,31 +233,22 @@ def _(dy, dh_n, h0, w_hh, y, gates, rh, textbook, reverse):
     return new(T, B, D, 3 * H), new(D, B, H), new(D, 3 * H, H), new(D, 3 * H)
 
 
-def weight_gradients(
-    dgh: Tensor, h0: Tensor, y: Tensor, rh: Tensor | None, *, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (T, B, D, 3H), the gradients of all recurrent
-    products, and what was multiplied: the state before each step, or rh (T, B, D, H) for the n
-    gate of the textbook form."""
-    T, B, D, H = y.shape
-    dw = []
-    for d in range(D):
-        # The states before the steps are y, one step aside, and h0 at the end that is left over.
-        backwards = reverse or d == 1
-        first, steps, before = (
-            (T - 1, slice(0, T - 1), slice(1, T))
-            if backwards
-            else (0, slice(1, T), slice(0, T - 1))
+def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
+    """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (T, B, D, 3H), the gradients of the recurrent
+    products, and what U_r, U_z and U_n were multiplied by, each (T, B, D, H)."""
+    H = operand_rz.shape[-1]
+
+    def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over T and B
+        gradients, operand = gradients.flatten(0, 1), operand.flatten(0, 1)
+        return torch.bmm(gradients.permute(1, 2, 0), operand.transpose(0, 1))
+
+    if operand_n is operand_rz:
+        dw_hh = product(dgh, operand_rz)
+    else:
+        dw_hh = torch.cat(
+            (product(dgh[..., : 2 * H], operand_rz), product(dgh[..., 2 * H :], operand_n)), dim=1
         )
-        gates = 2 * H if rh is not None else 3 * H
-        rows = dgh[:, :, d, :gates]
-        dw_d = rows[first].T @ h0[d]
-        dw_d = torch.addmm(dw_d, rows[steps].reshape(-1, gates).T, y[before, :, d].reshape(-1, H))
-        if rh is not None:
-            dw_n = dgh[:, :, d, 2 * H :].reshape(-1, H).T @ rh[:, :, d].reshape(-1, H)
-            dw_d = torch.cat((dw_d, dw_n))
-        dw.append(dw_d)
-    return torch.stack(dw), dgh.sum((0, 1))
+    return dw_hh, dgh.sum((0, 1))
 
 
 def _setup_context(ctx, inputs, output):
@@ -286,10 +278,9 @@ def _differentiate(ctx, dy, dh_n, dgates, drh):
         dgx, dgh, dh0 = reference.gru_backward(
             dy, dh_n, h0, w_hh, y, gates, textbook=ctx.textbook, reverse=ctx.reverse, dgates=dgates
         )
-        reset = None
-        if ctx.textbook:
-            reset = gates[..., 0, :] * reference.states_before(y, h0, reverse=ctx.reverse)
-        dw_hh, db_hh = weight_gradients(dgh, h0, y, reset, reverse=ctx.reverse)
+        before = reference.states_before(y, h0, reverse=ctx.reverse)
+        reset = gates[..., 0, :] * before if ctx.textbook else before
+        dw_hh, db_hh = weight_gradients(dgh, before, reset)
     return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, None, None, None
 
 

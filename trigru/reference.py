@@ -13,6 +13,17 @@ def _steps(T: int, backwards: bool) -> range:
     return range(T - 1, -1, -1) if backwards else range(T)
 
 
+def states_before(y: Tensor, h0: Tensor, *, reverse: bool) -> Tensor:
+    """The state before each step (T, B, D, H): y (T, B, D, H) moved on by a step, and h0 (D, B, H)."""
+    columns = []
+    for d in range(h0.shape[0]):
+        if reverse or d == 1:
+            columns.append(torch.cat((y[1:, :, d], h0[d : d + 1])))
+        else:
+            columns.append(torch.cat((h0[d : d + 1], y[:-1, :, d])))
+    return torch.stack(columns, 2) if len(columns) > 1 else columns[0].unsqueeze(2)
+
+
 def gru_forward(
     gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, *, textbook: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,14 +78,13 @@ def gru_backward(
     (D, B, H). Differentiable in every tensor: the gates are functions of gx and the state, and
     whoever differentiates twice passes the gradient that arrives at them back in as `dgates`."""
     T, _, D, _ = y.shape
+    before = states_before(y, h0, reverse=reverse)
     dgx, dgh, dh0 = [], [], []
     for d in range(D):
         w_r, w_z, w_n = w_hh[d].chunk(3)
-        backwards = reverse or d == 1
         dh, steps = dh_n[d], list[tuple[Tensor, Tensor]]([None] * T)  # type: ignore[list-item]
-        for t in reversed(_steps(T, backwards)):
-            before = t + 1 if backwards else t - 1
-            h = y[before, :, d] if 0 <= before < T else h0[d]
+        for t in reversed(_steps(T, backwards=reverse or d == 1)):
+            h = before[t, :, d]
             r, z, n, *gh_n = gates[t, :, d].unbind(-2)
             dh = dh + dy[t, :, d]
             dr, dz, dn, *dgh_n = (0, 0, 0, 0) if dgates is None else dgates[t, :, d].unbind(-2)
