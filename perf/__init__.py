@@ -1,0 +1,1 @@
+"""Training and timing of TriGRU against PyTorch's own GRU: `python -m perf --help`."""

@@ -1,0 +1,174 @@
+"""Timing, facts about the machine, and CSV files that keep every row as soon as it is written."""
+
+import csv
+import hashlib
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trigru
+
+Call = Callable[[], Any]
+Clock = Callable[[Sequence[Call]], list[float]]  # runs the calls in order → microseconds of each
+
+KERNEL_SOURCES = ("exchange.py", "tiles.py", "forward.py", "backward.py", "launch.py", "plan.py")
+FACTS = ("device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
+WARM_UP_ROUNDS = 3
+
+
+def cpu_clock(calls: Sequence[Call]) -> list[float]:
+    """Run the calls one after another; the wall time of each in microseconds."""
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        result = call()
+        times.append(1e6 * (time.perf_counter() - start))
+        del result  # freed outside the timed region
+    return times
+
+
+def cuda_clock(calls: Sequence[Call]) -> list[float]:
+    """Enqueue the calls one after another; the time between the events around each, in
+    microseconds.
+
+    The host runs ahead of the device, as it does in a training loop: the Python of a call shows
+    only where the device has nothing left to do."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+    for call, (start, end) in zip(calls, marks, strict=True):
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(end) for start, end in marks]
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock that measures this kind of device, in microseconds."""
+    return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def interleave(
+    calls: Mapping[str, Call], clock: Clock, seconds: float, least: int = 5, most: int = 200
+) -> dict[str, list[float]]:
+    """The microseconds of each of the named calls, run in turn: first, second, first, second, ….
+
+    After WARM_UP_ROUNDS rounds, as many rounds as fit into `seconds`, by the last round of the
+    warm-up, but at least `least` and at most `most`."""
+    names, once = list(calls), list(calls.values())
+    last_round = clock(once * WARM_UP_ROUNDS)[-len(once) :]
+    rounds = int(1e6 * seconds / max(sum(last_round), 1.0))
+    times = clock(once * min(most, max(least, rounds)))
+    return {name: times[i :: len(names)] for i, name in enumerate(names)}
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile, in the unit of `times`, between two values by
+    proportion."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """The most CUDA memory in bytes that the call held at once, above what was held before it;
+    None on a CPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Where and with what this process measures: the columns FACTS except `date`. What does not
+    exist here, as the driver of a CPU, is empty."""
+    on_cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_cuda else ()
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "sm": "".join(map(str, capability)),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if on_cuda
+        else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cudnn": torch.backends.cudnn.version() if on_cuda else "",
+        "commit": _commit(),
+        "kernel_hash": kernel_hash(),
+    }
+
+
+def now() -> str:
+    """The time in UTC to the second, as ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def kernel_hash() -> str:
+    """The first 12 hex digits of the SHA-256 over the sources that decide how a kernel runs."""
+    digest = hashlib.sha256()
+    for name in KERNEL_SOURCES:
+        digest.update((Path(trigru.__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add one row to a CSV file and flush it; a new file gets the columns as its header.
+
+    Raises ValueError if the row or the file has other columns."""
+    if set(row) != set(columns):
+        raise ValueError(f"the row's columns differ: {sorted(set(row) ^ set(columns))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        file.seek(0, os.SEEK_END)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if header is None:
+            writer.writeheader()
+        elif header != list(columns):
+            raise ValueError(f"{path} has other columns: {header}")
+        writer.writerow({k: "" if v is None else v for k, v in row.items()})
+
+
+def _cpu_name() -> str:
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"CPU: {name}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """The commit of the sources, with a + if they have been changed since; empty without git."""
+    root = str(Path(trigru.__file__).parent)
+    commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+    return commit + "+" * bool(commit and _output("git", "-C", root, "status", "--porcelain", "."))
+
+
+def _output(*command: str) -> str:
+    """The first line that a command prints, empty if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()

@@ -1,0 +1,127 @@
+"""What test_kernels.py checks, run where kernels are interpreted: see conftest's `interpreted`.
+
+The launchers are the library's own; only the kernels are replaced, by ones that run every program
+of the launch in a process of its own, and the bound on waits, which counts polls here.
+"""
+
+import torch
+from concurrent_interpreter import Concurrently
+from numerics import NAMES, assert_within_rule, problem, yardsticks
+
+from trigru import backward, forward, launch, ops, reference
+from trigru.plan import LaunchPlan
+
+torch.set_num_threads(1)  # the processes of a launch are forked, and have their own
+POLLS = 10**6
+FORWARD, BACKWARD = forward._gru_forward_kernel, backward._gru_backward_kernel
+ALL_ONES = {torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def make_plan(
+    H: int, D: int = 1, *, solo: bool = False, BLOCK_H: int = 16, BLOCK_K: int = 32, SPLIT_K: int = 2,
+    directions: int | None = None, batch_programs: int = 8,
+) -> LaunchPlan:  # fmt: skip
+    """A small plan for the interpreter, with the structure of a real one."""
+    H_pad = -(-H // BLOCK_K) * BLOCK_K
+    if solo:
+        BLOCK_H, SPLIT_K = BLOCK_K, 1
+    return LaunchPlan(
+        H=H, D=D, H_pad=H_pad, BLOCK_H=BLOCK_H, BLOCK_B=16, BLOCK_K=BLOCK_K, SPLIT_K=SPLIT_K,
+        num_warps=4, spin=0, solo=solo, directions=directions or D, batch_programs=batch_programs,
+        shared_bytes=0,
+    )  # fmt: skip
+
+
+def run_kernels(
+    inputs: dict, cotangents: dict, plan: LaunchPlan, *, textbook: bool, reverse: bool = False,
+    missing: tuple[int, int, int] | None = None, polls: int = POLLS,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Forward and backward through the library's launchers and its weight gradients."""
+    forward._gru_forward_kernel = Concurrently(FORWARD, missing)
+    backward._gru_backward_kernel = Concurrently(BACKWARD, missing)
+    launch.wait_limit = lambda T: polls
+    h0, w_hh = inputs["h0"], inputs["w_hh"]
+    y, h_n, gates, rh = forward.gru_forward(
+        **inputs, textbook=textbook, reverse=reverse, save=True, plan=plan
+    )
+    dgx, dgh, dh0 = backward.gru_backward(
+        cotangents["dy"], cotangents["dh_n"], h0, w_hh, y, gates,
+        textbook=textbook, reverse=reverse, plan=plan,
+    )  # fmt: skip
+    launch.raise_if_failed(y.device)
+    before = reference.states_before(y, h0, reverse=reverse)
+    dw_hh, db_hh = ops.weight_gradients(dgh, before, rh if textbook else before)
+    names = NAMES[:-1] if inputs["b_hh"] is None else NAMES
+    return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
+
+
+def within_rule(
+    T: int, B: int, plan: LaunchPlan, dtype: torch.dtype, *, textbook: bool, reverse: bool = False,
+    bias: bool = True,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    inputs, cotangents = problem(T, B, plan.D, plan.H, textbook=textbook, dtype=dtype)
+    if not bias:
+        inputs["b_hh"] = None
+    actual = run_kernels(inputs, cotangents, plan, textbook=textbook, reverse=reverse)
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, reverse=reverse)
+    assert_within_rule(actual, exact, yardstick)
+
+
+def same_bits_twice(plan: LaunchPlan, *, textbook: bool) -> None:
+    torch.manual_seed(0)
+    inputs, cotangents = problem(4, 3, plan.D, plan.H, textbook=textbook, dtype=torch.float32)
+    first, second = (run_kernels(inputs, cotangents, plan, textbook=textbook) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def not_finite_stays_in_its_row(
+    plan: LaunchPlan, dtype: torch.dtype, where: str, value: str, *, textbook: bool
+) -> None:
+    """Row 1 gets NaNs with the sentinel's own bits, or infinities; the others must not notice."""
+    torch.manual_seed(0)
+    inputs, cotangents = problem(4, 3, plan.D, plan.H, textbook=textbook, dtype=dtype)
+    clean = run_kernels(inputs, cotangents, plan, textbook=textbook)
+    poisoned = dict(inputs, **{where: inputs[where].clone()})
+    row = poisoned[where][2, 1] if where == "gx" else poisoned[where][:, 1]
+    if value == "nan":
+        row.view(ALL_ONES[dtype]).fill_(-1)
+        assert row.isnan().all()
+    else:
+        row[..., 0] = float("inf")
+    actual = run_kernels(poisoned, cotangents, plan, textbook=textbook)
+    exact, _ = yardsticks(poisoned, cotangents, textbook=textbook, reverse=False)
+    if value == "nan":
+        assert actual["y"][-1, 1].isnan().all() and actual["h_n"][:, 1].isnan().all()
+        assert actual["dgx"][:3, 1].isnan().any()
+    for name, batch_dim in (("y", 1), ("h_n", 1), ("dgx", 1), ("dh0", 1)):
+        for row in (0, 2):
+            assert torch.equal(
+                actual[name].select(batch_dim, row), clean[name].select(batch_dim, row)
+            ), f"{name}, row {row}"
+        # the same elements are NaN as without padding, tiles and exchange
+        assert torch.equal(actual[name].isnan(), exact[name].isnan()), name
+
+
+def missing_program_is_reported(plan: LaunchPlan, *, textbook: bool) -> None:
+    """Without one of its programs a group gives up, says so, and yields NaN, not numbers."""
+    torch.manual_seed(0)
+    inputs, cotangents = problem(5, 3, plan.D, plan.H, textbook=textbook, dtype=torch.float32)
+    forward._gru_forward_kernel = Concurrently(FORWARD, missing=(1, 0, 0))
+    launch.wait_limit = lambda T: 100
+    kwargs = {"textbook": textbook, "reverse": False, "save": True, "plan": plan}
+    y, _, _, _ = forward.gru_forward(**inputs, **kwargs)
+    assert y[1:].isnan().all()
+    for _ in range(2):  # the next launch refuses, once; then the flag is down again
+        try:
+            launch.raise_if_failed(y.device)
+        except launch.ExchangeTimeout as error:
+            assert "gave up waiting" in str(error)
+            raised = True
+        else:
+            assert raised
+            break
+    else:
+        raise AssertionError("the error flag stayed up")
+    run_kernels(inputs, cotangents, plan, textbook=textbook)

@@ -1,0 +1,65 @@
+"""The real kernels, interpreted, every program of a launch in a process of its own (design §7)."""
+
+import interpreted as cases
+import pytest
+import torch
+
+VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+# Each is (T, B, plan); H is odd where it can be, so that units, rows and chunks are padded.
+SHAPES = {
+    "solo": (6, 5, cases.make_plan(21, solo=True)),
+    "solo, two directions": (3, 17, cases.make_plan(32, D=2, solo=True)),
+    "solo, one unit": (2, 1, cases.make_plan(1, solo=True)),
+    "group": (6, 13, cases.make_plan(64, BLOCK_K=64, SPLIT_K=4)),
+    "group, two chunks, padded": (5, 3, cases.make_plan(51)),
+    "group, not split": (3, 2, cases.make_plan(48, BLOCK_K=16, SPLIT_K=1)),
+    "group, two directions": (4, 3, cases.make_plan(31, D=2)),
+    "group, a launch for each direction": (4, 3, cases.make_plan(32, D=2, directions=1)),
+    "group, batch tiles side by side": (3, 33, cases.make_plan(32)),
+    "group, batch tiles one after another": (3, 33, cases.make_plan(32, batch_programs=1)),
+    "group, one step": (1, 1, cases.make_plan(32)),
+    "group, wide blocks": (3, 4, cases.make_plan(64, BLOCK_H=32, BLOCK_K=64, SPLIT_K=2)),
+}
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers(interpreted, shape, dtype, textbook):
+    T, B, plan = SHAPES[shape]
+    interpreted(cases.within_rule, T, B, plan, dtype, textbook=textbook)
+
+
+@VARIANTS
+@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+def test_one_direction_reversed(interpreted, solo, textbook):
+    plan = cases.make_plan(29, solo=solo)
+    interpreted(cases.within_rule, 5, 3, plan, torch.float32, textbook=textbook, reverse=True)
+
+
+def test_without_bias(interpreted):
+    plan = cases.make_plan(32)
+    interpreted(cases.within_rule, 3, 2, plan, torch.float32, textbook=False, bias=False)
+
+
+@VARIANTS
+def test_same_bits_every_time(interpreted, textbook):
+    interpreted(cases.same_bits_twice, cases.make_plan(40, D=2), textbook=textbook)
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("where", ["gx", "h0"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+def test_not_finite_stays_in_its_row(interpreted, solo, value, where, dtype, textbook):
+    plan = cases.make_plan(29, solo=solo)
+    interpreted(
+        cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook
+    )
+
+
+@VARIANTS
+def test_missing_program_is_reported(interpreted, textbook):
+    interpreted(cases.missing_program_is_reported, cases.make_plan(48, BLOCK_K=16), textbook=textbook)
