@@ -44,7 +44,13 @@ class Compiled:
 
 
 def compile_plan(
-    sm: int, plan: LaunchPlan, dtype: torch.dtype, *, backward: bool, textbook: bool, tf32: bool = True
+    sm: int,
+    plan: LaunchPlan,
+    dtype: torch.dtype,
+    *,
+    backward: bool,
+    textbook: bool,
+    tf32: bool = True,
 ) -> Compiled:
     """The kernel as the JIT would compile it for training with this plan."""
     kernel = _gru_backward_kernel if backward else _gru_forward_kernel

@@ -1,7 +1,7 @@
 """Shared by the numeric tests: random problems, their gradients, and the tolerance rule applied."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trigru import reference
 from trigru.accuracy import allowed_error, relative_error
@@ -9,7 +9,9 @@ from trigru.accuracy import allowed_error, relative_error
 NAMES = ("y", "h_n", "dgx", "dh0", "dw_hh", "db_hh")
 
 
-def problem(T: int, B: int, D: int, H: int, *, textbook: bool, dtype: torch.dtype) -> tuple[dict, dict]:
+def problem(
+    T: int, B: int, D: int, H: int, *, textbook: bool, dtype: torch.dtype
+) -> tuple[dict, dict]:
     """Random inputs of a recurrence (all directions at once) and random dy and dh_n."""
     scale = H**-0.5
     inputs = {
@@ -29,7 +31,9 @@ def cast(tensors: dict, dtype: torch.dtype) -> dict:
 
 def differentiate(function, inputs: dict, cotangents: dict) -> dict[str, Tensor]:
     """y, h_n and all gradients of `function(**inputs) -> (y, h_n)`, by autograd, by name."""
-    leaves = {k: None if v is None else v.detach().clone().requires_grad_() for k, v in inputs.items()}
+    leaves = {
+        k: None if v is None else v.detach().clone().requires_grad_() for k, v in inputs.items()
+    }
     y, h_n = function(**leaves)
     wanted = [v for v in leaves.values() if v is not None]
     grads = torch.autograd.grad((y, h_n), wanted, (cotangents["dy"], cotangents["dh_n"]))
@@ -50,7 +54,7 @@ def nn_gru(*, reverse: bool):
     """torch.nn.GRU's function of the same inputs: its input projection is the identity."""
 
     def function(gx, h0, w_hh, b_hh):
-        T, B, D, H3 = gx.shape
+        D, H3 = gx.shape[2:]
         y, h_n = [], []
         for d in range(D):
             flip = (lambda t: t.flip(0)) if reverse or d == 1 else (lambda t: t)
@@ -66,7 +70,9 @@ def nn_gru(*, reverse: bool):
     return function
 
 
-def yardsticks(inputs: dict, cotangents: dict, *, textbook: bool, reverse: bool) -> tuple[dict, dict]:
+def yardsticks(
+    inputs: dict, cotangents: dict, *, textbook: bool, reverse: bool
+) -> tuple[dict, dict]:
     """What the rule needs: the float64 results, and PyTorch's own in the inputs' dtype."""
     double, double_cotangents = cast(inputs, torch.float64), cast(cotangents, torch.float64)
     loop = eager_loop(textbook=textbook, reverse=reverse)

@@ -55,11 +55,11 @@ def test_same_bits_every_time(interpreted, textbook):
 @pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
 def test_not_finite_stays_in_its_row(interpreted, solo, value, where, dtype, textbook):
     plan = cases.make_plan(29, solo=solo)
-    interpreted(
-        cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook
-    )
+    interpreted(cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook)
 
 
 @VARIANTS
 def test_missing_program_is_reported(interpreted, textbook):
-    interpreted(cases.missing_program_is_reported, cases.make_plan(48, BLOCK_K=16), textbook=textbook)
+    interpreted(
+        cases.missing_program_is_reported, cases.make_plan(48, BLOCK_K=16), textbook=textbook
+    )

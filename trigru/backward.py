@@ -95,11 +95,8 @@ def _gru_backward_kernel(
     u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K)
 
     # Against the direction of the forward pass.
-    if REVERSE:
-        forwards = d < 0
-    else:
-        forwards = d == 0
-    step = tl.where(forwards, -1, 1).to(tl.int64) * B * D  # in rows of one batch element and direction
+    forwards = d < 0 if REVERSE else d == 0
+    step = tl.where(forwards, -1, 1).to(tl.int64) * B * D  # in rows [D] of one batch element
     first = tl.where(forwards, T - 1, 0).to(tl.int64) * B * D
 
     own_y = offs_b[None, :] * (D * H) + offs_h[:, None]  # [BLOCK_H, BLOCK_B]

@@ -1,6 +1,5 @@
 """The persistent forward kernel and its launcher."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,7 @@ def _gru_forward_kernel(
     h0_shared_ptr,  # [B, D, H_ROW]      exchanged: h0, so that the first step is like any other
     y_ptr,  # [T, B, D, H_ROW]   exchanged: the state after each step
     rh_ptr,  # [T, B, D, H_ROW]   exchanged: r ⊙ h, textbook only
-    gates_ptr,  # [T, B, D, G, H]    written if SAVE: r, z, n and (torch) gh_n, for the backward pass
+    gates_ptr,  # [T, B, D, G, H]    written if SAVE: r, z, n and (torch) gh_n
     h_n_ptr,  # [D, B, H]
     error_ptr,
     T,
@@ -68,11 +67,8 @@ def _gru_forward_kernel(
         b_n = tl.load(bias + 2 * H, mask=mask_h, other=0.0).to(tl.float32)[:, None]
 
     # The second direction of a layer walks backwards in time.
-    if REVERSE:
-        forwards = d < 0
-    else:
-        forwards = d == 0
-    step = tl.where(forwards, 1, -1).to(tl.int64) * B * D  # in rows of one batch element and direction
+    forwards = d < 0 if REVERSE else d == 0
+    step = tl.where(forwards, 1, -1).to(tl.int64) * B * D  # in rows [D] of one batch element
     first = tl.where(forwards, 0, T - 1).to(tl.int64) * B * D
 
     own = offs_b[None, :] * (D * H_ROW) + offs_h[:, None]  # [BLOCK_H, BLOCK_B]

@@ -66,14 +66,17 @@ def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, An
     }
 
 
-def launch(kernel: Any, arguments: tuple, T: int, B: int, plan: LaunchPlan, **switches: bool) -> None:
+def launch(
+    kernel: Any, arguments: tuple, T: int, B: int, plan: LaunchPlan, **switches: bool
+) -> None:
     """Launch `kernel` over T steps of B rows as `plan` says: once, or once for each direction."""
     if B == 0:
         return
     device, dtype = arguments[0].device, arguments[0].dtype
     raise_if_failed(device)
     # PyTorch's own switch for recurrent layers; 16-bit types have only one precision.
-    tf32 = dtype != torch.float32 or torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    tf32 = dtype != torch.float32 or precision == "tf32"
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             kernel[plan.grid(B)](

@@ -83,7 +83,9 @@ class TriGRU(nn.RNNBase):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See the class."""
         if isinstance(input, PackedSequence):
-            raise NotImplementedError("TriGRU does not take a PackedSequence yet; use nn.GRU for it")
+            raise NotImplementedError(
+                "TriGRU does not take a PackedSequence yet; use nn.GRU for it"
+            )
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -149,7 +151,9 @@ class TriGRU(nn.RNNBase):
         stacked = {}
         for kind, name in enumerate(self._all_weights[0]):
             each = [weights[(layer * D + d) * kinds + kind] for d in range(D)]
-            stacked[name.removesuffix("_l0")] = each[0].unsqueeze(0) if D == 1 else torch.stack(each)
+            stacked[name.removesuffix("_l0")] = (
+                each[0].unsqueeze(0) if D == 1 else torch.stack(each)
+            )
         return stacked
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -7,6 +7,7 @@ here the weight gradients, is done around them by torch's own products.
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,14 +90,22 @@ def gru(
 
 
 def recurrence(
-    gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, *, textbook: bool, reverse: bool = False
+    gx: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    *,
+    textbook: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All directions of a layer: gx (T, B, D, 3H), h0 (D, B, H), w_hh (D, 3H, H), b_hh (D, 3H) →
     y (T, B, D, H), h_n (D, B, H). With D = 2 the second direction runs backwards in time."""
     gx, h0, w_hh, b_hh = autocast(gx, h0, w_hh, b_hh)
     tensors = [t for t in (gx, h0, w_hh, b_hh) if t is not None]
     if not gx.is_floating_point() or any(t.dtype != gx.dtype for t in tensors):
-        raise TypeError(f"all tensors must have one floating dtype, got {[t.dtype for t in tensors]}")
+        raise TypeError(
+            f"all tensors must have one floating dtype, got {[t.dtype for t in tensors]}"
+        )
     if any(t.device != gx.device for t in tensors):
         raise RuntimeError(
             f"all tensors must be on one device, got {[str(t.device) for t in tensors]}"
@@ -106,7 +115,7 @@ def recurrence(
     return y, h_n
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):

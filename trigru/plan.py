@@ -46,7 +46,7 @@ class DeviceLimits:
 def device_limits(device: torch.device) -> DeviceLimits:
     """The limits of a CUDA device, as its driver states them."""
     p = torch.cuda.get_device_properties(device)
-    shared_bytes = p.shared_memory_per_block_optin
+    shared_bytes = p.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return DeviceLimits(p.name, (p.major, p.minor), p.multi_processor_count, shared_bytes)
 
 
@@ -105,7 +105,7 @@ def plan_launch(
         have, need = ("{}.{}".format(*c) for c in (limits.capability, MIN_CAPABILITY))
         raise NoPlan(f"{limits.name} has compute capability {have}, the kernels need {need}")
     plans = [_solo(H, D, block_b, itemsize) for block_b in (16, 32, 64) if H <= MAX_SOLO_H] + [
-        _group(limits, H, D, block_h, block_b, block_k, itemsize)
+        _group(limits, H, D, block_h, block_b, block_k, itemsize, textbook and not backward)
         for block_h in (16, 32, 64)
         for block_b in (16, 32, 64)
         for block_k in (128, 256, 512, 1024)
@@ -133,13 +133,14 @@ def _solo(H: int, D: int, block_b: int, itemsize: int) -> LaunchPlan:
 
 
 def _group(
-    limits: DeviceLimits, H: int, D: int, block_h: int, block_b: int, block_k: int, itemsize: int
-) -> LaunchPlan | None:
+    limits: DeviceLimits, H: int, D: int, block_h: int, block_b: int, block_k: int, itemsize: int,
+    two_waits: bool,
+) -> LaunchPlan | None:  # fmt: skip
     H_pad = -(-H // block_k) * block_k
     programs = H_pad // block_h
     spin = block_k * block_b // (32 * MAX_WARPS)
     # Vectors that a thread waits for at once, bound by registers: compiled, more would spill.
-    vectors = 8 if itemsize == 2 and block_h * block_b <= 512 else 4
+    vectors = 8 if itemsize == 2 and block_h * block_b <= (256 if two_waits else 512) else 4
     if programs > limits.sm_count or spin * itemsize > vectors * VECTOR_BYTES:
         return None
     directions = D if programs * D <= limits.sm_count else 1
@@ -168,7 +169,7 @@ def _clocks_per_step(
 
 
 def pad_hidden(w_hh: Tensor, H_pad: int) -> Tensor:
-    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad) with zeros in the padding; no copy if there is none."""
+    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad), zeros in the padding; no copy if there is none."""
     D, _, H = w_hh.shape
     w = w_hh.view(D, 3, H, H)
     return w if H == H_pad else F.pad(w, (0, H_pad - H, 0, H_pad - H))

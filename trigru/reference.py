@@ -14,7 +14,7 @@ def _steps(T: int, backwards: bool) -> range:
 
 
 def states_before(y: Tensor, h0: Tensor, *, reverse: bool) -> Tensor:
-    """The state before each step (T, B, D, H): y (T, B, D, H) moved on by a step, and h0 (D, B, H)."""
+    """The state before each step (T, B, D, H): y (T, B, D, H) one step on, and h0 (D, B, H)."""
     columns = []
     for d in range(h0.shape[0]):
         if reverse or d == 1:
@@ -33,7 +33,10 @@ def gru_forward(
     Returns y (T, B, D, H), h_n (D, B, H), the gates (T, B, D, G, H), which are r, z, n and, in the
     torch form, gh_n = U_n h + b_hn, and r ⊙ h (T, B, D, H)."""
     T, _, D, _ = gx.shape
-    y, h_n, gates, rh = [], [], [], []
+    h_n: list[Tensor] = []
+    y: list[Tensor] = []
+    gates: list[Tensor] = []
+    rh: list[Tensor] = []
     for d in range(D):
         h, w_r, w_z, w_n = h0[d], *w_hh[d].chunk(3)
         b_r, b_z, b_n = (0, 0, 0) if b_hh is None else b_hh[d].chunk(3)
@@ -79,7 +82,9 @@ def gru_backward(
     whoever differentiates twice passes the gradient that arrives at them back in as `dgates`."""
     T, _, D, _ = y.shape
     before = states_before(y, h0, reverse=reverse)
-    dgx, dgh, dh0 = [], [], []
+    dgx: list[Tensor] = []
+    dgh: list[Tensor] = []
+    dh0: list[Tensor] = []
     for d in range(D):
         w_r, w_z, w_n = w_hh[d].chunk(3)
         dh, steps = dh_n[d], list[tuple[Tensor, Tensor]]([None] * T)  # type: ignore[list-item]

@@ -1,5 +1,7 @@
 """What both kernels do with tiles: load U once, multiply by it, sum the split products."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -35,20 +37,20 @@ def load_u(u_ptr, offs_h, stride_h: tl.constexpr, stride_k: tl.constexpr, K: tl.
 
     Loaded before the time loop and used only as a dot's operand inside it, each tile is placed in
     shared memory by the compiler and stays there."""
-    tiles = ()
+    tiles: Any = ()
     offs_k = offsets_k(BLOCK_K, SPLIT_K)
     for c in tl.static_range(K // BLOCK_K):
         if SPLIT_K == 1:  # [BLOCK_H, BLOCK_K]
             offs = offs_h[:, None] * stride_h + (c * BLOCK_K + offs_k)[None, :] * stride_k
         else:  # [SPLIT_K, BLOCK_H, BLOCK_K // SPLIT_K]
             offs = offs_h[None, :, None] * stride_h + (c * BLOCK_K + offs_k)[:, None, :] * stride_k
-        tiles = tiles + (tl.load(u_ptr + offs),)
+        tiles = tiles + (tl.load(u_ptr + offs),)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
 def operand_offsets(offs_b, stride_b: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Offsets of the right operand: [BLOCK_K, BLOCK_B] or [SPLIT_K, BLOCK_K // SPLIT_K, BLOCK_B]."""
+    """The right operand: [BLOCK_K, BLOCK_B] or [SPLIT_K, BLOCK_K // SPLIT_K, BLOCK_B]."""
     offs_k = offsets_k(BLOCK_K, SPLIT_K)
     if SPLIT_K == 1:
         return offs_b[None, :] * stride_b + offs_k[:, None]
