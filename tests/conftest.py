@@ -4,6 +4,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from interpreted import warm_up
 
 
 def pytest_collection_modifyitems(items):
@@ -31,4 +32,5 @@ def interpreted():
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+        pool.submit(warm_up).result()
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()

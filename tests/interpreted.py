@@ -11,7 +11,6 @@ from numerics import NAMES, assert_within_rule, problem, yardsticks
 from trigru import backward, forward, launch, ops, reference
 from trigru.plan import LaunchPlan
 
-torch.set_num_threads(1)  # the processes of a launch are forked, and have their own
 POLLS = 10**5  # at 0.1 ms and more each
 FORWARD, BACKWARD = forward._gru_forward_kernel, backward._gru_backward_kernel
 ALL_ONES = {torch.float16: torch.int16, torch.float32: torch.int32}
@@ -34,12 +33,12 @@ def make_plan(
 
 def run_kernels(
     inputs: dict, cotangents: dict, plan: LaunchPlan, *, textbook: bool, reverse: bool = False,
-    missing: tuple[int, int, int] | None = None, polls: int = POLLS,
+    here: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Forward and backward through the library's launchers and its weight gradients."""
-    forward._gru_forward_kernel = Concurrently(FORWARD, missing)
-    backward._gru_backward_kernel = Concurrently(BACKWARD, missing)
-    launch.wait_limit = lambda T: polls
+    forward._gru_forward_kernel = FORWARD if here else Concurrently(FORWARD)
+    backward._gru_backward_kernel = BACKWARD if here else Concurrently(BACKWARD)
+    launch.wait_limit = lambda T: POLLS
     h0, w_hh = inputs["h0"], inputs["w_hh"]
     y, h_n, gates, rh = forward.gru_forward(
         **inputs, textbook=textbook, reverse=reverse, save=True, plan=plan
@@ -53,6 +52,16 @@ def run_kernels(
     dw_hh, db_hh = ops.weight_gradients(dgh, before, rh if textbook else before)
     names = NAMES[:-1] if inputs["b_hh"] is None else NAMES
     return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
+
+
+def warm_up() -> None:
+    """Interpret each kernel once in this process: Triton rewrites the source of every function at
+    its first call, which each forked program would do again."""
+    torch.set_num_threads(1)  # the processes of a launch are forked, and have no other threads
+    plan = make_plan(16, BLOCK_K=16, SPLIT_K=1)  # a group of one program
+    for textbook in (False, True):
+        inputs, cotangents = problem(1, 1, 1, 16, textbook=textbook, dtype=torch.float32)
+        run_kernels(inputs, cotangents, plan, textbook=textbook, here=True)
 
 
 def within_rule(

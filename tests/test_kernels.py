@@ -45,14 +45,21 @@ def test_without_bias(interpreted):
 
 @VARIANTS
 def test_same_bits_every_time(interpreted, textbook):
-    interpreted(cases.same_bits_twice, cases.make_plan(40, D=2), textbook=textbook)
+    interpreted(cases.same_bits_twice, cases.make_plan(32), textbook=textbook)
 
 
 @VARIANTS
-@DTYPES
 @pytest.mark.parametrize("where", ["gx", "h0"])
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "solo"),
+    [
+        ("nan", torch.float32, True),
+        ("inf", torch.float32, True),
+        ("nan", torch.float16, False),
+        ("nan", torch.float32, False),
+        ("inf", torch.float32, False),
+    ],
+)
 def test_not_finite_stays_in_its_row(interpreted, solo, value, where, dtype, textbook):
     plan = cases.make_plan(29, solo=solo)
     interpreted(cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook)

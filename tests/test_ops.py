@@ -4,20 +4,12 @@ import warnings
 
 import pytest
 import torch
-from numerics import (
-    NAMES,
-    assert_within_rule,
-    cast,
-    differentiate,
-    eager_loop,
-    nn_gru,
-    problem,
-    yardsticks,
-)
+from numerics import assert_within_rule
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trigru import gru, ops
+from trigru.accuracy import differentiate, eager_loop, nn_gru, problem, yardsticks
 
 F64 = torch.float64
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -67,6 +59,10 @@ def recurrence(*, textbook):
 def make_problem(T, B, D, H, *, textbook, bias=True, dtype=F64):
     inputs, cotangents = problem(T, B, D, H, textbook=textbook, dtype=dtype)
     return inputs if bias else inputs | {"b_hh": None}, cotangents
+
+
+def cast(tensors, dtype):
+    return {k: None if v is None else v.to(dtype) for k, v in tensors.items()}
 
 
 def leaves_of(inputs):
@@ -128,7 +124,8 @@ def test_two_directions_in_float64(T, B, H, textbook, bias):
     assert_close(differentiate(recurrence(textbook=textbook), inputs, cotangents), pytorch)
 
 
-@SHAPES
+# Large enough that a largest error over a tensor is more than luck.
+@pytest.mark.parametrize("T, B, H", [(1, 64, 24), (12, 16, 32)], ids=str)
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_tolerance_rule(T, B, H, textbook, bias, dtype):
@@ -261,11 +258,11 @@ def test_gradient_penalty_on_the_input_alone(textbook):
     assert_close(*gradients)
 
 
-@VARIANTS
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "all but"])
 @pytest.mark.parametrize("name", ["gx", "h0", "w_hh", "b_hh"])
-def test_frozen_inputs(name, alone, textbook):
-    inputs, cotangents = make_problem(4, 3, 1, 5, textbook=textbook)
+@FORMS
+def test_frozen_inputs(name, alone, textbook, bias):
+    inputs, cotangents = make_problem(4, 3, 1, 5, textbook=textbook, bias=bias)
     names = [k for k, v in inputs.items() if v is not None]
     trained = [k for k in names if (k == name) == alone]
     exact = differentiate(eager_loop(textbook=textbook, reverse=False), inputs, cotangents)
@@ -301,8 +298,9 @@ def test_autocast(textbook, bias, dtype):
     pytorch = loop if textbook else nn_gru(reverse=False)
     yardstick = differentiate(lambda **leaves: pytorch(**cast(leaves, dtype)), inputs, cotangents)
     actual = differentiate(ours, inputs, cotangents)
-    assert all(actual[name].dtype == torch.float32 for name in actual if name in NAMES[2:])
-    assert_within_rule(actual, exact, yardstick)
+    assert all(t.dtype == torch.float32 for name, t in actual.items() if name[0] == "d")
+    # Every gradient was a number of `dtype` before it became one of float32.
+    assert_within_rule(cast(actual, dtype), exact, cast(yardstick, dtype))
 
 
 @VARIANTS

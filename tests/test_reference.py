@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import differentiate, eager_loop, problem
 from torch import nn
 from torch.testing import assert_close
 
 from trigru import gru, reference
+from trigru.accuracy import differentiate, eager_loop, problem
 
 F64 = torch.float64
 VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])

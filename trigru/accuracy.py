@@ -1,14 +1,19 @@
-"""The one tolerance rule, for the tests, the self-test and the benchmarks alike.
+"""How exact a result is and has to be: for the tests, the self-test and the benchmarks alike.
 
-A result may be twice as far from the float64 result as PyTorch's own is in the same dtype on the
-same device (nn.GRU's; for the textbook form, that of an eager loop), plus one rounding of the
-dtype. Distances are the largest over a tensor, relative to the largest exact value.
+The one tolerance rule: a result may be twice as far from the float64 result as PyTorch's own is in
+the same dtype on the same device (nn.GRU's; for the textbook form, that of an eager loop), plus one
+rounding of the dtype. Distances are the largest over a tensor, relative to the largest exact value.
 """
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from . import reference
+
 FACTOR = 2.0
+RESULTS = ("y", "h_n", "dgx", "dh0", "dw_hh", "db_hh")
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -26,3 +31,90 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def allowed_error(yardstick: Tensor, exact: Tensor) -> float:
     """The largest relative error that a result in `yardstick`'s dtype may have."""
     return FACTOR * relative_error(yardstick, exact) + torch.finfo(yardstick.dtype).eps
+
+
+def violations(
+    actual: Mapping[str, Tensor], exact: Mapping[str, Tensor], yardstick: Mapping[str, Tensor]
+) -> list[str]:
+    """A line for each of the named results that breaks the rule."""
+    broken = []
+    for name in exact:
+        error = relative_error(actual[name], exact[name])
+        allowed = allowed_error(yardstick[name], exact[name])
+        if not error <= allowed:
+            broken.append(f"{name}: relative error {error:.2e}, allowed {allowed:.2e}")
+    return broken
+
+
+def problem(
+    T: int,
+    B: int,
+    D: int,
+    H: int,
+    *,
+    textbook: bool,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[dict, dict]:
+    """Random inputs of a recurrence (all directions at once), and random dy and dh_n."""
+    scale = H**-0.5
+    inputs = {
+        "gx": torch.randn(T, B, D, 3 * H),
+        "h0": torch.randn(D, B, H),
+        "w_hh": torch.empty(D, 3 * H, H).uniform_(-scale, scale),
+        "b_hh": None if textbook else torch.empty(D, 3 * H).uniform_(-scale, scale),
+    }
+    cotangents = {"dy": torch.randn(T, B, D, H), "dh_n": torch.randn(D, B, H)}
+    inputs = {k: None if v is None else v.to(device, dtype) for k, v in inputs.items()}
+    return inputs, {k: v.to(device, dtype) for k, v in cotangents.items()}
+
+
+def differentiate(function: Callable, inputs: Mapping, cotangents: Mapping) -> dict[str, Tensor]:
+    """y, h_n and all gradients of `function(**inputs) -> (y, h_n)`, by autograd, by name."""
+    leaves = {
+        k: None if v is None else v.detach().clone().requires_grad_() for k, v in inputs.items()
+    }
+    y, h_n = function(**leaves)
+    wanted = [v for v in leaves.values() if v is not None]
+    grads = torch.autograd.grad((y, h_n), wanted, (cotangents["dy"], cotangents["dh_n"]))
+    return dict(zip(RESULTS, (y.detach(), h_n.detach(), *grads), strict=False))
+
+
+def eager_loop(*, textbook: bool, reverse: bool) -> Callable:
+    """The reference's loop as a function of the inputs, for `differentiate`."""
+
+    def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
+        return reference.gru_forward(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)[:2]
+
+    return function
+
+
+def nn_gru(*, reverse: bool) -> Callable:
+    """torch.nn.GRU's function of the same inputs: its input projection is the identity."""
+
+    def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
+        y, h_n = [], []
+        for d in range(gx.shape[2]):
+            flipped = [0] if reverse or d == 1 else []
+            weights = [torch.eye(gx.shape[3], dtype=gx.dtype, device=gx.device), w_hh[d]]
+            if b_hh is not None:
+                weights += [torch.zeros_like(b_hh[d]), b_hh[d]]
+            x = gx[:, :, d].flip(flipped).contiguous()
+            layer = (b_hh is not None, 1, 0.0, True, False, False)
+            y_d, h_d = torch.gru(x, h0[d : d + 1].contiguous(), weights, *layer)
+            y.append(y_d.flip(flipped))
+            h_n.append(h_d[0])
+        return torch.stack(y, 2), torch.stack(h_n)
+
+    return function
+
+
+def yardsticks(
+    inputs: Mapping, cotangents: Mapping, *, textbook: bool, reverse: bool = False
+) -> tuple[dict, dict]:
+    """What the rule needs: the float64 results, and PyTorch's own in the inputs' dtype."""
+    doubles = {k: None if v is None else v.double() for k, v in inputs.items()}
+    loop = eager_loop(textbook=textbook, reverse=reverse)
+    exact = differentiate(loop, doubles, {k: v.double() for k, v in cotangents.items()})
+    pytorch = loop if textbook else nn_gru(reverse=reverse)
+    return exact, differentiate(pytorch, inputs, cotangents)

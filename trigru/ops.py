@@ -6,14 +6,19 @@ here the weight gradients, is done around them by torch's own products.
 """
 
 import functools
+import importlib.util
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backward, forward, reference
+from . import reference
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it exists for Linux only
+if HAS_TRITON:
+    from . import backward, forward
 
 VARIANTS = ("torch", "textbook")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,11 +134,13 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
     """The reason why the persistent kernels do not run here, or None if they do."""
     if device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels compute in float16, bfloat16 and float32, not in {dtype}"
     try:
         for pass_ in (False, True):
-            _plan(device, 1, H, 1, dtype, pass_, textbook)
+            plan_for(device, 1, H, 1, dtype, pass_, textbook)
     except NoPlan as reason:
         return str(reason)
     return None
@@ -151,7 +158,7 @@ _warned: set[str | None] = set()
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def plan_for(
     device: torch.device, B: int, H: int, D: int, dtype: torch.dtype, backward: bool, textbook: bool
 ) -> LaunchPlan:
     return plan_launch(
@@ -187,7 +194,7 @@ def _forward(
             textbook=textbook,
             reverse=reverse,
             save=save,
-            plan=_plan(gx.device, B, H, D, gx.dtype, False, textbook),
+            plan=plan_for(gx.device, B, H, D, gx.dtype, False, textbook),
         )
     warn_of_fallback(gx.device, gx.dtype, H, textbook)
     y, h_n, gates, rh = reference.gru_forward(
@@ -222,7 +229,7 @@ def _backward(
     D, B, H = h0.shape
     dy, dh_n, h0, w_hh, y = (t.contiguous() for t in (dy, dh_n, h0, w_hh, y))
     if why_no_kernel(y.device, y.dtype, H, textbook) is None:
-        plan = _plan(y.device, B, H, D, y.dtype, True, textbook)
+        plan = plan_for(y.device, B, H, D, y.dtype, True, textbook)
         dgx, dgh, dh0 = backward.gru_backward(
             dy, dh_n, h0, w_hh, y, gates.contiguous(), textbook=textbook, reverse=reverse, plan=plan
         )
@@ -245,11 +252,17 @@ def _(dy, dh_n, h0, w_hh, y, gates, rh, textbook, reverse):
 def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
     """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (T, B, D, 3H), the gradients of the recurrent
     products, and what U_r, U_z and U_n were multiplied by, each (T, B, D, H)."""
-    H = operand_rz.shape[-1]
+    T, B, _, H = operand_rz.shape
+    # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
+    # takes them step by step, so there the sum is one of short ones.
+    steps = T if dgh.is_cuda else max(1, 64 // max(1, B))
 
     def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over T and B
-        gradients, operand = gradients.flatten(0, 1), operand.flatten(0, 1)
-        return torch.bmm(gradients.permute(1, 2, 0), operand.transpose(0, 1))
+        parts = zip(gradients.split(steps), operand.split(steps), strict=True)
+        return sum(
+            torch.bmm(g.flatten(0, 1).permute(1, 2, 0), o.flatten(0, 1).transpose(0, 1))
+            for g, o in parts
+        )  # type: ignore[return-value]
 
     if operand_n is operand_rz:
         dw_hh = product(dgh, operand_rz)

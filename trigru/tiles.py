@@ -1,7 +1,5 @@
 """What both kernels do with tiles: load U once, multiply by it, sum the split products."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -37,14 +35,14 @@ def load_u(u_ptr, offs_h, stride_h: tl.constexpr, stride_k: tl.constexpr, K: tl.
 
     Loaded before the time loop and used only as a dot's operand inside it, each tile is placed in
     shared memory by the compiler and stays there."""
-    tiles: Any = ()
+    tiles = ()
     offs_k = offsets_k(BLOCK_K, SPLIT_K)
     for c in tl.static_range(K // BLOCK_K):
         if SPLIT_K == 1:  # [BLOCK_H, BLOCK_K]
             offs = offs_h[:, None] * stride_h + (c * BLOCK_K + offs_k)[None, :] * stride_k
         else:  # [SPLIT_K, BLOCK_H, BLOCK_K // SPLIT_K]
             offs = offs_h[None, :, None] * stride_h + (c * BLOCK_K + offs_k)[:, None, :] * stride_k
-        tiles = tiles + (tl.load(u_ptr + offs),)  # noqa: RUF005
+        tiles = tiles + (tl.load(u_ptr + offs),)  # type: ignore  # noqa: RUF005
     return tiles
 
 

@@ -1,0 +1,231 @@
+"""The kernels on a real device: numbers by the tolerance rule, with cuDNN as the yardstick."""
+
+import pytest
+import torch
+from numerics import assert_within_rule, differentiate, problem, yardsticks
+from torch import nn
+
+from trigru import TriGRU, forward, launch, ops
+from trigru.plan import LaunchPlan, NoPlan
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+SHAPES = [  # T, B, D, H
+    (1, 1, 1, 1),
+    (33, 5, 1, 17),
+    (33, 20, 2, 64),
+    (64, 40, 1, 100),
+    (64, 8, 1, 128),
+    (64, 1, 1, 256),
+    (50, 33, 2, 256),
+    (50, 3, 1, 300),
+    (40, 64, 1, 512),
+    (40, 300, 1, 512),
+    (20, 16, 2, 768),
+    (20, 17, 1, 1000),
+    (20, 64, 1, 1024),
+    (10, 16, 2, 2048),
+    (10, 200, 1, 2048),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_gave_up():
+    yield
+    torch.cuda.synchronize()
+    launch.raise_if_failed(torch.device(DEVICE, torch.cuda.current_device()))
+
+
+@pytest.fixture(params=[True, False], ids=["tf32", "ieee"])
+def tf32(request):
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if request.param else "ieee"
+    yield request.param
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+def run(inputs, cotangents, *, textbook, reverse=False):
+    def recurrence(gx, h0, w_hh, b_hh):
+        return ops.recurrence(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)
+
+    return differentiate(recurrence, inputs, cotangents)
+
+
+def has_kernels(H, dtype, textbook):
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    return ops.why_no_kernel(device, dtype, H, textbook) is None
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.filterwarnings("ignore:TriGRU falls back")
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+def test_numbers(shape, dtype, textbook):
+    T, B, D, H = shape
+    assert has_kernels(H, dtype, textbook) or H > 128 * (4 // dtype.itemsize)
+    inputs, cotangents = problem(T, B, D, H, textbook=textbook, dtype=dtype, device=DEVICE)
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
+    assert_within_rule(run(inputs, cotangents, textbook=textbook), exact, yardstick)
+
+
+@VARIANTS
+@pytest.mark.parametrize("H", [64, 256, 512])
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+def test_float32_follows_pytorch_s_precision(tf32, H, textbook):
+    inputs, cotangents = problem(20, 16, 1, H, textbook=textbook, dtype=FP32, device=DEVICE)
+    matmul = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
+        actual = run(inputs, cotangents, textbook=textbook)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = matmul
+    assert_within_rule(actual, exact, yardstick)
+
+
+@VARIANTS
+@pytest.mark.parametrize("H", [64, 512])
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+def test_reversed(H, textbook):
+    inputs, cotangents = problem(20, 5, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, reverse=True)
+    actual = run(inputs, cotangents, textbook=textbook, reverse=True)
+    assert_within_rule(actual, exact, yardstick)
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("H", [100, 512])
+def test_same_bits_every_time(H, dtype, textbook):
+    inputs, cotangents = problem(100, 40, 2, H, textbook=textbook, dtype=dtype, device=DEVICE)
+    first = run(inputs, cotangents, textbook=textbook)
+    for _ in range(5):
+        again = run(inputs, cotangents, textbook=textbook)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("H", [100, 300, 512])
+@pytest.mark.parametrize("where", ["gx", "h0"])
+def test_nan_with_the_sentinel_s_bits_stays_in_its_row(where, H, dtype, textbook):
+    inputs, cotangents = problem(20, 20, 1, H, textbook=textbook, dtype=dtype, device=DEVICE)
+    clean = run(inputs, cotangents, textbook=textbook)
+    poisoned = inputs[where].clone()
+    row = poisoned[3, 7] if where == "gx" else poisoned[0, 7]
+    row.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).fill_(-1)
+    actual = run(inputs | {where: poisoned}, cotangents, textbook=textbook)
+    assert actual["y"][-1, 7].isnan().all()
+    others = [b for b in range(20) if b != 7]
+    assert torch.equal(actual["y"][:, others], clean["y"][:, others])
+    assert torch.equal(actual["dgx"][:, others], clean["dgx"][:, others])
+
+
+@VARIANTS
+def test_many_launches_in_a_row(textbook):
+    """Nothing has to be reset between launches; memory that is used again brings no old data."""
+    inputs, cotangents = problem(50, 64, 1, 512, textbook=textbook, dtype=BF16, device=DEVICE)
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
+    for _ in range(100):
+        actual = run(inputs, cotangents, textbook=textbook)
+    assert_within_rule(actual, exact, yardstick)
+
+
+def test_cuda_graph_replays():
+    layer = TriGRU(256, 512, device=DEVICE, dtype=BF16)
+    x = torch.randn(30, 16, 256, device=DEVICE, dtype=BF16)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = layer(x)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, layer(x)[0])
+
+
+def test_a_group_that_cannot_all_run_is_refused():
+    """The plan bounds the grid by the SMs; were it wrong, the launch would err, not hang."""
+    real = ops.plan_for(torch.device(DEVICE, 0), 16, 1024, 1, BF16, False, False)
+    fields = {f: getattr(real, f) for f in real.__dataclass_fields__}
+    too_large = LaunchPlan(**fields | {"batch_programs": 4096})
+    inputs, _ = problem(2, 16 * 4096, 1, 1024, textbook=False, dtype=BF16, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"(?i)cooperative"):
+        forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=too_large)
+
+
+def test_a_missing_program_ends_in_an_error(monkeypatch):
+    """A launch whose group lacks its last program gives up, says so, and yields NaN."""
+    real = ops.plan_for(torch.device(DEVICE, 0), 16, 512, 1, BF16, False, False)
+
+    class Short(LaunchPlan):
+        def grid(self, B):
+            groups, tiles, directions = super().grid(B)
+            return groups - 1, tiles, directions
+
+    short = Short(**{f: getattr(real, f) for f in real.__dataclass_fields__})
+    monkeypatch.setattr(launch, "wait_limit", lambda T: 2**31 + 10**6)
+    inputs, _ = problem(20, 16, 1, 512, textbook=False, dtype=BF16, device=DEVICE)
+    y, *_ = forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=short)
+    torch.cuda.synchronize()
+    assert y[2:].isnan().all()
+    with pytest.raises(launch.ExchangeTimeout, match="gave up waiting"):
+        run(*problem(1, 1, 1, 512, textbook=False, dtype=BF16, device=DEVICE), textbook=False)
+
+
+@VARIANTS
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.filterwarnings("ignore:TriGRU falls back")
+def test_layers(bidirectional, textbook, monkeypatch):
+    """A whole stack of layers, beside the same stack on PyTorch's own path on the device."""
+    variant = "textbook" if textbook else "torch"
+    shape = dict(num_layers=2, bidirectional=bidirectional, batch_first=True, variant=variant)
+    layer = TriGRU(96, 320, **shape, device=DEVICE)
+    double = TriGRU(96, 320, **shape, dtype=torch.float64)
+    double.load_state_dict(layer.state_dict())
+    x = torch.randn(7, 31, 96, device=DEVICE)
+
+    def outcome(module, x):
+        y, h_n = module(x)
+        (y.square().sum() + h_n.sum()).backward()
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        module.zero_grad(set_to_none=True)
+        return {"y": y.detach(), "h_n": h_n.detach(), **grads}
+
+    actual = outcome(layer, x)
+    exact = {name: t.to(DEVICE) for name, t in outcome(double, x.double().cpu()).items()}
+    monkeypatch.setattr(ops, "why_no_kernel", lambda *_: "the test asks for PyTorch's path")
+    assert_within_rule(actual, exact, outcome(layer, x))
+
+
+def test_autocast_and_compile():
+    layer = TriGRU(64, 256, 2, device=DEVICE)
+    x = torch.randn(20, 8, 64, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.autocast(DEVICE, BF16):
+        y, h_n = compiled(x)
+        eager, _ = layer(x)
+    assert y.dtype == h_n.dtype == BF16
+    torch.testing.assert_close(y, eager)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == FP32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_beyond_the_device_falls_back_and_says_so():
+    H = 8192
+    with pytest.raises(NoPlan):
+        ops.plan_for(torch.device(DEVICE, 0), 1, H, 1, BF16, False, False)
+    ops._warned.clear()
+    layer = TriGRU(16, H, device=DEVICE, dtype=BF16)
+    x = torch.randn(2, 2, 16, device=DEVICE, dtype=BF16)
+    with pytest.warns(UserWarning, match="slower path: U with hidden size 8192"):
+        y, _ = layer(x)
+    gru = nn.GRU(16, H, device=DEVICE, dtype=BF16)
+    gru.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(y, gru(x)[0])
