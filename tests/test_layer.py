@@ -205,15 +205,10 @@ def test_double_backward(form):
     assert_close(*seconds)
 
 
-@HALF
-@BIAS
-def test_autocast(form, dtype, bias):
-    layer = TriGRU(IN, 16, **STACK, bias=bias, variant=form)
-    case = make_case(layer, B=32)
-
+def assert_autocast_within_rule(function, layer, case, dtype):
     def under_autocast(x, hx):
         with torch.autocast("cpu", dtype):
-            output, h_n = layer(x, hx)
+            output, h_n = function(x, hx)
         assert output.dtype == h_n.dtype == dtype
         return output, h_n
 
@@ -225,6 +220,13 @@ def test_autocast(form, dtype, bias):
     # Every gradient was a number of `dtype` before it became one of float32.
     actual, yardstick = ({k: v.to(dtype) for k, v in r.items()} for r in (actual, yardstick))
     assert_within_rule(actual, exact, yardstick)
+
+
+@HALF
+@BIAS
+def test_autocast(form, dtype, bias):
+    layer = TriGRU(IN, 16, **STACK, bias=bias, variant=form)
+    assert_autocast_within_rule(layer, layer, make_case(layer, B=32), dtype)
 
 
 def test_autocast_without_hx(form):
@@ -515,14 +517,19 @@ def test_compiles_into_one_graph(fresh_dynamo, variant, settings, options, backe
 
 
 @VARIANT
-def test_compiles_without_gradients_and_under_autocast(fresh_dynamo, variant):
-    layer = TriGRU(IN, H, num_layers=2, dropout=0.5, variant=variant).eval()
+def test_compiled_without_gradients(fresh_dynamo, variant):
+    layer = TriGRU(IN, H, **STACK, dropout=0.5, variant=variant, dtype=F64).eval()
     (x, hx), _ = make_case(layer)
+    with torch.no_grad():
+        actual = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, hx)
+        assert_close(actual, expected(layer)(x, hx))
+
+
+@VARIANT
+def test_compiled_under_autocast(fresh_dynamo, variant):
+    layer = TriGRU(IN, 16, **STACK, variant=variant)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        actual = compiled(x, hx)
-        assert_close(actual, layer(x, hx))
-    assert all(t.dtype == torch.bfloat16 for t in actual)
+    assert_autocast_within_rule(compiled, layer, make_case(layer, B=32), torch.bfloat16)
 
 
 @VARIANT

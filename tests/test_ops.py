@@ -86,10 +86,10 @@ class Seen(TorchDispatchMode):
 
 
 @FORMS
-@pytest.mark.parametrize("D, reverse", [(1, False), (1, True), (2, False)], ids=str)
+@pytest.mark.parametrize("D, reverse", [(1, True), (2, False)], ids=str)
 @pytest.mark.parametrize("save", [True, False], ids=["save", "save nothing"])
 def test_opcheck_forward(textbook, bias, D, reverse, save):
-    inputs, _ = make_problem(3, 2, D, 4, textbook=textbook, bias=bias, dtype=torch.float32)
+    inputs, _ = make_problem(2, 3, D, 4, textbook=textbook, bias=bias, dtype=torch.float32)
     tensors = (leaves_of(inputs) if save else inputs).values()
     torch.library.opcheck(torch.ops.trigru.forward.default, (*tensors, textbook, reverse, save))
 

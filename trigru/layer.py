@@ -76,6 +76,9 @@ class TriGRU(nn.RNNBase):
             self._flat_weights_names = [n for names in self._all_weights for n in names]
             self._init_flat_weights()
 
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels take each weight where it is, cuDNN's layout is not needed."""
+
     def extra_repr(self) -> str:
         variant = "" if self.variant == "torch" else f", variant={self.variant!r}"
         return super().extra_repr() + variant
@@ -196,8 +199,8 @@ def _convert(source: Any, target: Any) -> Any:
         source.input_size, source.hidden_size, source.num_layers, source.bias, source.batch_first,
         source.dropout, source.bidirectional, device="meta",
     )  # fmt: skip
-    for name, parameter in source.named_parameters(recurse=False):
-        setattr(layer, name, parameter)
+    for name in source._flat_weights_names:
+        setattr(layer, name, getattr(source, name))
     layer._init_flat_weights()
     return layer.train(source.training)
 

@@ -123,7 +123,7 @@ def recurrence(
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None else t.to(dtype) for t in tensors]
@@ -200,8 +200,9 @@ def _forward(
     y, h_n, gates, rh = reference.gru_forward(
         gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse
     )
-    nothing = gx.new_empty(0)
-    return y, h_n, gates if save else nothing, rh if save and textbook else nothing
+    gates = gates if save else gx.new_empty(0)
+    rh = rh if save and textbook else gx.new_empty(0)  # not the same tensor: outputs may not alias
+    return y, h_n, gates, rh
 
 
 @_forward.register_fake
@@ -278,20 +279,20 @@ def _setup_context(ctx, inputs, output):
     y, _, gates, rh = output
     ctx.has_bias = b_hh is not None
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rh)
     ctx.save_for_backward(h0, w_hh, y, gates, rh)
 
 
-def _differentiate(ctx, dy, dh_n, dgates, drh):
+def _differentiate(ctx, dy, dh_n, dgates, _):
     """Gradients of gx, h0, w_hh and b_hh.
 
     The saved gates are an output of the operator so that a second derivative can flow through
     them: under `create_graph` the walk back is `reference`'s own, made of differentiable torch
     operations on h0, w_hh, y and the gates, and what it sends to the gates returns here as
-    `dgates`. r ⊙ h is recomputed in that case, so nothing ever arrives as `drh`."""
+    `dgates`. r ⊙ h is recomputed in that case, so it needs no gradient of its own."""
     h0, w_hh, y, gates, rh = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    assert drh is None
     if dgates is None and not torch.is_grad_enabled():
         dgx, dh0, dw_hh, db_hh = torch.ops.trigru.backward(
             dy, dh_n, h0, w_hh, y, gates, rh, ctx.textbook, ctx.reverse
