@@ -6,9 +6,10 @@ of the launch in a process of its own, and the bound on waits, which counts poll
 
 import torch
 from concurrent_interpreter import Concurrently
-from numerics import NAMES, assert_within_rule, problem, yardsticks
+from numerics import assert_within_rule
 
 from trigru import backward, forward, launch, ops, reference
+from trigru.accuracy import RESULTS, problem, yardsticks
 from trigru.plan import LaunchPlan
 
 POLLS = 10**5  # at 0.1 ms and more each
@@ -50,7 +51,7 @@ def run_kernels(
     launch.raise_if_failed(y.device)
     before = reference.states_before(y, h0, reverse=reverse)
     dw_hh, db_hh = ops.weight_gradients(dgh, before, rh if textbook else before)
-    names = NAMES[:-1] if inputs["b_hh"] is None else NAMES
+    names = RESULTS[:-1] if inputs["b_hh"] is None else RESULTS
     return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
 
 

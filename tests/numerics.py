@@ -1,16 +1,6 @@
 """The tolerance rule as an assertion."""
 
-from trigru.accuracy import (  # noqa: F401
-    RESULTS as NAMES,
-)
-from trigru.accuracy import (  # noqa: F401
-    differentiate,
-    eager_loop,
-    nn_gru,
-    problem,
-    violations,
-    yardsticks,
-)
+from trigru.accuracy import violations
 
 
 def assert_within_rule(actual: dict, exact: dict, yardstick: dict) -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from numerics import assert_within_rule, differentiate, problem, yardsticks
+from numerics import assert_within_rule
 from torch import nn
 
 from trigru import TriGRU, forward, launch, ops
+from trigru.accuracy import differentiate, problem, yardsticks
 from trigru.plan import LaunchPlan, NoPlan
 
 pytestmark = pytest.mark.gpu

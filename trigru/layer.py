@@ -200,7 +200,13 @@ def _convert(source: Any, target: Any) -> Any:
         source.dropout, source.bidirectional, device="meta",
     )  # fmt: skip
     for name in source._flat_weights_names:
-        setattr(layer, name, getattr(source, name))
+        parameter = getattr(source, name)
+        if not isinstance(parameter, nn.Parameter):
+            raise TypeError(
+                f"{name} must be a parameter, got a {type(parameter).__name__}: take pruning or "
+                "parametrisation off the layer first"
+            )
+        setattr(layer, name, parameter)
     layer._init_flat_weights()
     return layer.train(source.training)
 
@@ -213,14 +219,13 @@ def replace_gru(model: nn.Module) -> int:
     change is not known, and so are hooks on the layer.
 
     Returns how many layers were replaced. Raises ValueError if `model` itself is an nn.GRU, which
-    nothing holds: use `TriGRU.from_torch` for it."""
+    nothing holds: use `TriGRU.from_torch` for it; TypeError if a layer's weights are not its
+    parameters, as under pruning, before anything is replaced."""
     if type(model) is nn.GRU:
         raise ValueError("the model itself is an nn.GRU: use TriGRU.from_torch(model)")
-    replaced: dict[nn.Module, TriGRU] = {}
+    replaced = {m: TriGRU.from_torch(m) for m in model.modules() if type(m) is nn.GRU}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if type(child) is nn.GRU:
-                if child not in replaced:
-                    replaced[child] = TriGRU.from_torch(child)
+            if child in replaced:
                 setattr(parent, name, replaced[child])
     return len(replaced)

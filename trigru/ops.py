@@ -121,12 +121,16 @@ def recurrence(
 
 
 def autocast(*tensors: Any) -> list[Any]:
-    """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
+    """The tensors in autocast's dtype where autocast is on for their device, else as they are.
+    As elsewhere in PyTorch, autocast leaves float64 alone."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [t if t is None else t.to(dtype) for t in tensors]
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
 
 
 @functools.cache

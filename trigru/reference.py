@@ -32,19 +32,19 @@ def gru_forward(
 
     Returns y (T, B, D, H), h_n (D, B, H), the gates (T, B, D, G, H), which are r, z, n and, in the
     torch form, gh_n = U_n h + b_hn, and r ⊙ h (T, B, D, H)."""
-    T, _, D, _ = gx.shape
+    T, D, H = len(gx), len(h0), h0.shape[-1]
     h_n: list[Tensor] = []
     y: list[Tensor] = []
     gates: list[Tensor] = []
     rh: list[Tensor] = []
     for d in range(D):
-        h, w_r, w_z, w_n = h0[d], *w_hh[d].chunk(3)
-        b_r, b_z, b_n = (0, 0, 0) if b_hh is None else b_hh[d].chunk(3)
+        h = h0[d]
+        w_rz, w_n = w_hh[d].split((2 * H, H))
+        b_rz, b_n = (0, 0) if b_hh is None else b_hh[d].split((2 * H, H))
         steps: list[tuple[Tensor, Tensor, Tensor]] = [None] * T  # type: ignore[list-item]
         for t in _steps(T, backwards=reverse or d == 1):
-            gx_r, gx_z, gx_n = gx[t, :, d].chunk(3, dim=-1)  # each (B, H)
-            r = torch.sigmoid(gx_r + h @ w_r.T + b_r)
-            z = torch.sigmoid(gx_z + h @ w_z.T + b_z)
+            gx_rz, gx_n = gx[t, :, d].split((2 * H, H), dim=-1)  # (B, 2H), (B, H)
+            r, z = torch.sigmoid(gx_rz + h @ w_rz.T + b_rz).chunk(2, dim=-1)
             reset = r * h
             if textbook:
                 n = torch.tanh(gx_n + reset @ w_n.T + b_n)
@@ -80,13 +80,13 @@ def gru_backward(
     Returns dgx (T, B, D, 3H), dgh (T, B, D, 3H), the gradients of the recurrent products, and dh0
     (D, B, H). Differentiable in every tensor: the gates are functions of gx and the state, and
     whoever differentiates twice passes the gradient that arrives at them back in as `dgates`."""
-    T, _, D, _ = y.shape
+    T, _, D, H = y.shape
     before = states_before(y, h0, reverse=reverse)
     dgx: list[Tensor] = []
     dgh: list[Tensor] = []
     dh0: list[Tensor] = []
     for d in range(D):
-        w_r, w_z, w_n = w_hh[d].chunk(3)
+        w_rz, w_n = w_hh[d].split((2 * H, H))
         dh, steps = dh_n[d], list[tuple[Tensor, Tensor]]([None] * T)  # type: ignore[list-item]
         for t in reversed(_steps(T, backwards=reverse or d == 1)):
             h = before[t, :, d]
@@ -98,15 +98,16 @@ def gru_backward(
                 da_z = (dz + dh * (n - h)) * z * (1 - z)
                 d_reset = da_n @ w_n
                 da_r = (dr + d_reset * h) * r * (1 - r)
-                dh = dh * (1 - z) + d_reset * r + da_z @ w_z + da_r @ w_r
-                steps[t] = (torch.cat((da_r, da_z, da_n), -1),) * 2
+                da_rz = torch.cat((da_r, da_z), -1)
+                dh = dh * (1 - z) + d_reset * r + da_rz @ w_rz
+                steps[t] = (torch.cat((da_rz, da_n), -1),) * 2
             else:
                 da_n = (dn + dh * (1 - z)) * (1 - n * n)
                 da_z = (dz + dh * (h - n)) * z * (1 - z)
                 da_r = (dr + da_n * gh_n[0]) * r * (1 - r)
-                da_gh = da_n * r + dgh_n[0]
-                dh = dh * z + da_gh @ w_n + da_z @ w_z + da_r @ w_r
-                steps[t] = torch.cat((da_r, da_z, da_n), -1), torch.cat((da_r, da_z, da_gh), -1)
+                dgh_t = torch.cat((da_r, da_z, da_n * r + dgh_n[0]), -1)
+                dh = dh * z + dgh_t @ w_hh[d]
+                steps[t] = torch.cat((da_r, da_z, da_n), -1), dgh_t
         dh0.append(dh)
         for kept, column in zip((dgx, dgh), zip(*steps, strict=True), strict=True):
             kept.append(torch.stack(column))
