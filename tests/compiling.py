@@ -34,7 +34,6 @@ TARGETS = {
 class Compiled:
     shared_bytes: int
     registers: int
-    stack_bytes: int  # local memory: spills
     ttgir: str
     ptx: str
     sass: str
@@ -57,7 +56,7 @@ def compile_plan(
     switches = {"TEXTBOOK": textbook, "REVERSE": False}
     if not backward:
         switches |= {"HAS_BIAS": not textbook, "SAVE": True}
-    constants = compile_time(plan, tf32, **switches)
+    constants = compile_time(plan, tf32 and dtype == torch.float32, **switches)
     scalars = {"T": "i32", "B": "i32", "wait_limit": "i64", "first_direction": "i32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -76,9 +75,9 @@ def compile_plan(
         cubin.flush()
         usage = _run("cuobjdump", "-res-usage", cubin.name)
         sass = _run("nvdisasm", "-c", cubin.name)
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
+    registers = re.findall(r"REG:(\d+)", usage)[-1]
     return Compiled(
-        compiled.metadata.shared, int(registers), int(stack), compiled.asm["ttgir"],
+        compiled.metadata.shared, int(registers), compiled.asm["ttgir"],
         compiled.asm["ptx"], sass,
     )  # fmt: skip
 

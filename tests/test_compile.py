@@ -61,6 +61,12 @@ def check(plan, compiled, itemsize, backward, textbook):
     assert polls == ["ld.relaxed.gpu.global.v4.b32"] * vectors
     first_tries = re.findall(r"ld\.volatile\.\S+", compiled.ptx)
     assert first_tries == ["ld.volatile.global.v4.b32"] * vectors
+    # A thread holds whole vectors along K, as the assembly of the wait takes them.
+    for layout in set(re.findall(r"= tt\.load .*isVolatile.*, (#\w+)>", compiled.ttgir)):
+        per_thread = re.search(
+            rf"{layout} = #ttg\.blocked<{{sizePerThread = (\S+ \S+ \S+),", compiled.ttgir
+        )
+        assert per_thread[1] == f"[1, {16 // itemsize}, 1]"
 
 
 @pytest.mark.parametrize(("sm", "dtype", "H", "B", "backward", "textbook"), H100_BF16, ids=name)
@@ -80,8 +86,20 @@ def test_elsewhere(sm, dtype, H, B, backward, textbook):
 def test_full_float32_uses_no_tensor_cores(backward, textbook):
     plan, compiled = build(90, FP32, 256, 16, backward, textbook, tf32=False)
     check(plan, compiled, 4, backward, textbook)
+    assert "cvt.rna.tf32" not in compiled.ptx
     assert compiled.count("FFMA") > 500
     assert compiled.count("HMMA") == compiled.count("HGMMA") == 0
+
+
+@pytest.mark.parametrize("H", [64, 256], ids=["solo", "group"])
+@pytest.mark.parametrize(("backward", "textbook"), PASSES)
+def test_tf32_operands_are_rounded(backward, textbook, H):
+    """The hardware would cut off the bits beyond TF32's: every operand is rounded before."""
+    plan, compiled = build(90, FP32, H, 16, backward, textbook)
+    threads = 32 * plan.num_warps
+    operands = 3 if backward else 2 if textbook else 1
+    elements = 3 * plan.BLOCK_H * plan.H_pad + operands * plan.H_pad * plan.BLOCK_B
+    assert compiled.ptx.count("cvt.rna.tf32.f32") == elements // threads
 
 
 def test_a_layer_of_two_directions():

@@ -1,32 +1,39 @@
 """The kernels on a real device: numbers by the tolerance rule, with cuDNN as the yardstick."""
 
+import copy
+
 import pytest
 import torch
 from numerics import assert_within_rule
 from torch import nn
 
-from trigru import TriGRU, forward, launch, ops
-from trigru.accuracy import differentiate, problem, yardsticks
+from trigru import TriGRU, forward, gru, launch, ops
+from trigru.accuracy import (
+    differentiate,
+    problem,
+    products_as_in_rnns,
+    relative_error,
+    yardsticks,
+)  # fmt: skip
 from trigru.plan import LaunchPlan, NoPlan
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
+    pytest.mark.filterwarnings("ignore:TriGRU falls back"),
+]
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 SHAPES = [  # T, B, D, H
     (1, 1, 1, 1),
-    (33, 5, 1, 17),
     (33, 20, 2, 64),
     (64, 40, 1, 100),
-    (64, 8, 1, 128),
     (64, 1, 1, 256),
-    (50, 33, 2, 256),
     (50, 3, 1, 300),
-    (40, 64, 1, 512),
     (40, 300, 1, 512),
     (20, 16, 2, 768),
-    (20, 17, 1, 1000),
     (20, 64, 1, 1024),
     (10, 16, 2, 2048),
     (10, 200, 1, 2048),
@@ -63,11 +70,10 @@ def has_kernels(H, dtype, textbook):
 @VARIANTS
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.filterwarnings("ignore:TriGRU falls back")
-@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 def test_numbers(shape, dtype, textbook):
     T, B, D, H = shape
-    assert has_kernels(H, dtype, textbook) or H > 128 * (4 // dtype.itemsize)
+    if torch.cuda.get_device_capability()[0] == 9:  # or a fallback would be compared with itself
+        assert has_kernels(H, dtype, textbook) == (dtype != FP32 or H <= 1024)
     inputs, cotangents = problem(T, B, D, H, textbook=textbook, dtype=dtype, device=DEVICE)
     exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
     assert_within_rule(run(inputs, cotangents, textbook=textbook), exact, yardstick)
@@ -75,22 +81,18 @@ def test_numbers(shape, dtype, textbook):
 
 @VARIANTS
 @pytest.mark.parametrize("H", [64, 256, 512])
-@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 def test_float32_follows_pytorch_s_precision(tf32, H, textbook):
     inputs, cotangents = problem(20, 16, 1, H, textbook=textbook, dtype=FP32, device=DEVICE)
-    matmul = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
-        actual = run(inputs, cotangents, textbook=textbook)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = matmul
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
+    actual = run(inputs, cotangents, textbook=textbook)
     assert_within_rule(actual, exact, yardstick)
+    if not tf32:
+        with_tf32 = 2.0**-11  # one rounding to TF32, which no product may have had
+        assert max(relative_error(actual[name], exact[name]) for name in exact) < with_tf32 / 8
 
 
 @VARIANTS
 @pytest.mark.parametrize("H", [64, 512])
-@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 def test_reversed(H, textbook):
     inputs, cotangents = problem(20, 5, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
     exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, reverse=True)
@@ -111,7 +113,7 @@ def test_same_bits_every_time(H, dtype, textbook):
 
 @VARIANTS
 @DTYPES
-@pytest.mark.parametrize("H", [100, 300, 512])
+@pytest.mark.parametrize("H", [100, 512])
 @pytest.mark.parametrize("where", ["gx", "h0"])
 def test_nan_with_the_sentinel_s_bits_stays_in_its_row(where, H, dtype, textbook):
     inputs, cotangents = problem(20, 20, 1, H, textbook=textbook, dtype=dtype, device=DEVICE)
@@ -124,6 +126,44 @@ def test_nan_with_the_sentinel_s_bits_stays_in_its_row(where, H, dtype, textbook
     others = [b for b in range(20) if b != 7]
     assert torch.equal(actual["y"][:, others], clean["y"][:, others])
     assert torch.equal(actual["dgx"][:, others], clean["dgx"][:, others])
+
+
+def strided(tensor):
+    """The same values with gaps between them, and not where a vector load could start."""
+    return torch.stack((tensor, tensor), -1)[..., 1]
+
+
+@VARIANTS
+@pytest.mark.parametrize("H", [100, 512])
+def test_arguments_as_users_pass_them(H, textbook):
+    variant = "textbook" if textbook else "torch"
+    inputs, _ = problem(9, 5, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
+    gx, h0, w_hh = inputs["gx"].squeeze(2), inputs["h0"][0], inputs["w_hh"][0]
+    b_hh = None if textbook else inputs["b_hh"][0]
+    leaves = [t.clone().requires_grad_() for t in (gx, h0, w_hh)]
+
+    def gradients(y, h_n):
+        # Expanded (stride 0) gradients, of one result alone and of both.
+        losses = (y.sum(), h_n.sum(), y.sum() + h_n.sum())
+        return [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
+
+    plain = gru(*leaves, b_hh, variant=variant)
+    odd = gru(*map(strided, leaves), None if textbook else strided(b_hh), variant=variant)
+    for results in ((plain, odd), *zip(gradients(*plain), gradients(*odd), strict=True)):
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+    y, h_n = gru(gx[:, :0], h0[:0], w_hh, b_hh, variant=variant)
+    assert y.shape == (9, 0, H) and h_n.shape == (0, H)
+
+
+@VARIANTS
+def test_second_derivatives_and_eval(textbook):
+    variant = "textbook" if textbook else "torch"
+    layer = TriGRU(8, 64, variant=variant, device=DEVICE).eval()
+    x = torch.randn(5, 3, 8, device=DEVICE, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert first.isfinite().all() and second.isfinite().all() and second.any()
 
 
 @VARIANTS
@@ -155,8 +195,8 @@ def test_a_group_that_cannot_all_run_is_refused():
     """The plan bounds the grid by the SMs; were it wrong, the launch would err, not hang."""
     real = ops.plan_for(torch.device(DEVICE, 0), 16, 1024, 1, BF16, False, False)
     fields = {f: getattr(real, f) for f in real.__dataclass_fields__}
-    too_large = LaunchPlan(**fields | {"batch_programs": 4096})
-    inputs, _ = problem(2, 16 * 4096, 1, 1024, textbook=False, dtype=BF16, device=DEVICE)
+    too_large = LaunchPlan(**fields | {"batch_programs": 64})  # of 64 programs each
+    inputs, _ = problem(2, 16 * 64, 1, 1024, textbook=False, dtype=BF16, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"(?i)cooperative"):
         forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=too_large)
 
@@ -171,7 +211,7 @@ def test_a_missing_program_ends_in_an_error(monkeypatch):
             return groups - 1, tiles, directions
 
     short = Short(**{f: getattr(real, f) for f in real.__dataclass_fields__})
-    monkeypatch.setattr(launch, "wait_limit", lambda T: 2**31 + 10**6)
+    monkeypatch.setattr(launch, "WAIT_SECONDS", 2.2)
     inputs, _ = problem(20, 16, 1, 512, textbook=False, dtype=BF16, device=DEVICE)
     y, *_ = forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=short)
     torch.cuda.synchronize()
@@ -182,7 +222,6 @@ def test_a_missing_program_ends_in_an_error(monkeypatch):
 
 @VARIANTS
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.filterwarnings("ignore:TriGRU falls back")
 def test_layers(bidirectional, textbook, monkeypatch):
     """A whole stack of layers, beside the same stack on PyTorch's own path on the device."""
     variant = "textbook" if textbook else "torch"
@@ -202,7 +241,8 @@ def test_layers(bidirectional, textbook, monkeypatch):
     actual = outcome(layer, x)
     exact = {name: t.to(DEVICE) for name, t in outcome(double, x.double().cpu()).items()}
     monkeypatch.setattr(ops, "why_no_kernel", lambda *_: "the test asks for PyTorch's path")
-    assert_within_rule(actual, exact, outcome(layer, x))
+    with products_as_in_rnns():
+        assert_within_rule(actual, exact, outcome(layer, x))
 
 
 def test_autocast_and_compile():
@@ -213,7 +253,9 @@ def test_autocast_and_compile():
         y, h_n = compiled(x)
         eager, _ = layer(x)
     assert y.dtype == h_n.dtype == BF16
-    torch.testing.assert_close(y, eager)
+    double = copy.deepcopy(layer).double().cpu()
+    exact, _ = double(x.double().cpu())
+    assert_within_rule({"y": y}, {"y": exact.to(DEVICE)}, {"y": eager})
     y.float().sum().backward()
     assert all(p.grad.dtype == FP32 and p.grad.isfinite().all() for p in layer.parameters())
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numerics import assert_within_rule
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
@@ -735,7 +736,7 @@ def test_an_optimiser_trains_a_replaced_model():
 
 def test_replace_gru_of_a_pruned_layer_replaces_nothing():
     model = nn.ModuleList([nn.GRU(IN, H), nn.GRU(IN, H)])
-    torch.nn.utils.prune.random_unstructured(model[1], "weight_hh_l0", 0.5)
+    prune.random_unstructured(model[1], "weight_hh_l0", 0.5)
     with pytest.raises(
         TypeError, match="weight_hh_l0 must be a parameter, got a Tensor: take pruning"
     ):

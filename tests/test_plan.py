@@ -29,7 +29,7 @@ SIZES = (
     1536,
     2048,
 )
-BATCHES = (1, 16, 33, 64, 256, 4096)
+BATCHES = (1, 16, 33, 256, 4096, 10**7)
 
 
 def plans(limits, itemsize):
@@ -56,10 +56,9 @@ def test_plans_fit_their_device(sm, itemsize):
         assert plan.shared_bytes <= limits.shared_bytes
         assert groups * plan.BLOCK_H == plan.H_pad >= plan.H
         assert plan.D % directions == 0
-        assert tiles <= -(-B // plan.BLOCK_B)
+        assert tiles <= -(-B // plan.BLOCK_B) and tiles <= 65535  # CUDA's limit of a grid
         if plan.solo:
             assert groups == 1 and plan.BLOCK_K == plan.H_pad and plan.row == plan.H
-            assert tiles * plan.BLOCK_B >= B  # nothing waits, so there is no bound on the grid
         else:
             assert groups * tiles * directions <= limits.sm_count  # all run at once
             assert plan.H_pad % plan.BLOCK_K == 0 and plan.BLOCK_K % (16 * plan.SPLIT_K) == 0

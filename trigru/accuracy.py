@@ -6,7 +6,9 @@ floor: one rounding of the dtype, or four in float32, where the order of a sum w
 Distances are the largest over a tensor, relative to the largest exact value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +114,18 @@ def nn_gru(*, reverse: bool) -> Callable:
     return function
 
 
+@contextmanager
+def products_as_in_rnns() -> Iterator[None]:
+    """Float32 products in TF32 or not, as PyTorch's own switch says for recurrent layers."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def yardsticks(
     inputs: Mapping, cotangents: Mapping, *, textbook: bool, reverse: bool = False
 ) -> tuple[dict, dict]:
@@ -120,4 +134,5 @@ def yardsticks(
     loop = eager_loop(textbook=textbook, reverse=reverse)
     exact = differentiate(loop, doubles, {k: v.double() for k, v in cotangents.items()})
     pytorch = loop if textbook else nn_gru(reverse=reverse)
-    return exact, differentiate(pytorch, inputs, cotangents)
+    with products_as_in_rnns():
+        return exact, differentiate(pytorch, inputs, cotangents)

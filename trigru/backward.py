@@ -7,7 +7,7 @@ from torch import Tensor
 from .exchange import deadline_from_now, peek, publish, settle, unwritten
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
-from .tiles import load_u, operand_mask, operand_offsets, total, zeros
+from .tiles import load_u, operand, operand_mask, operand_offsets, total, zeros
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _add_product(acc, u, local, source, mask, deadline, error_ptr,
                  SOLO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """acc + Uᵀ · (the exchanged tiles at `source`, or the program's own tile `local`)."""
     if SOLO:
-        acc = tl.dot(u[0], local, acc, input_precision=PRECISION)
+        acc = tl.dot(u[0], operand(local, PRECISION), acc, input_precision=PRECISION)
     else:
         ahead = peek(source, mask)
         for c in tl.static_range(CHUNKS):
@@ -44,7 +44,7 @@ def _add_product(acc, u, local, source, mask, deadline, error_ptr,
             tile = settle(ahead, chunk, mask, deadline, error_ptr, SPIN)
             if c + 1 < CHUNKS:  # in flight while this chunk is multiplied
                 ahead = peek(chunk + BLOCK_K, mask)
-            acc = tl.dot(u[c], tile, acc, input_precision=PRECISION)
+            acc = tl.dot(u[c], operand(tile, PRECISION), acc, input_precision=PRECISION)
     return acc
 
 
@@ -90,9 +90,9 @@ def _gru_backward_kernel(
     mask_h = offs_h < H
     # The columns of U that belong to this program's units: rows of Uᵀ.
     u_ptr = w_hh_ptr + d * (3 * H_PAD * H_PAD)
-    u_r = load_u(u_ptr, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K)
-    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K)
-    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K)
+    u_r = load_u(u_ptr, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
+    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
+    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
 
     # Against the direction of the forward pass.
     forwards = d < 0 if REVERSE else d == 0
@@ -104,7 +104,7 @@ def _gru_backward_kernel(
     own_dgh = offs_b[None, :] * (D * 3 * H_ROW) + offs_h[:, None]
     own_dgx = offs_b[None, :] * (D * 3 * H) + offs_h[:, None]
     own_h = offs_b[None, :] * H + offs_h[:, None]
-    operand = operand_offsets(offs_b, D * 3 * H_ROW, BLOCK_K, SPLIT_K)
+    offs_operand = operand_offsets(offs_b, D * 3 * H_ROW, BLOCK_K, SPLIT_K)
 
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     while row0 < B:  # the batch tiles of this program, one after another
@@ -148,8 +148,8 @@ def _gru_backward_kernel(
                 publish(dgh + own_dgh + 2 * H_ROW, da_n, mask_row)
                 publish(dgh + own_dgh + H_ROW, da_z, mask_row)
                 acc_n = _add_product(
-                    acc, u_n, da_n.to(dtype), dgh + 2 * H_ROW + operand, mask_operand, deadline,
-                    error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
+                    acc, u_n, da_n.to(dtype), dgh + 2 * H_ROW + offs_operand, mask_operand,
+                    deadline, error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
                 d_reset = total(acc_n, mask_h, SPLIT_K, PADDED)  # d(r ⊙ h)
                 da_r = d_reset * h * r * (1 - r)
@@ -157,11 +157,11 @@ def _gru_backward_kernel(
                 dh = dh * (1 - z) + d_reset * r
                 # z arrived with n long ago
                 acc = _add_product(
-                    acc, u_z, da_z.to(dtype), dgh + H_ROW + operand, mask_operand, deadline,
+                    acc, u_z, da_z.to(dtype), dgh + H_ROW + offs_operand, mask_operand, deadline,
                     error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
                 acc = _add_product(
-                    acc, u_r, da_r.to(dtype), dgh + operand, mask_operand, deadline,
+                    acc, u_r, da_r.to(dtype), dgh + offs_operand, mask_operand, deadline,
                     error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
             else:
@@ -177,12 +177,15 @@ def _gru_backward_kernel(
                 tl.store(dgx + own_dgx + 2 * H, da_n.to(dtype), mask=mask)
                 dh = dh * z
                 if SOLO:
-                    acc = tl.dot(u_r[0], da_r.to(dtype), acc, input_precision=PRECISION)
-                    acc = tl.dot(u_z[0], da_z.to(dtype), acc, input_precision=PRECISION)
-                    acc = tl.dot(u_n[0], dgh_n.to(dtype), acc, input_precision=PRECISION)
+                    da_r = operand(da_r.to(dtype), PRECISION)
+                    da_z = operand(da_z.to(dtype), PRECISION)
+                    dgh_n = operand(dgh_n.to(dtype), PRECISION)
+                    acc = tl.dot(u_r[0], da_r, acc, input_precision=PRECISION)
+                    acc = tl.dot(u_z[0], da_z, acc, input_precision=PRECISION)
+                    acc = tl.dot(u_n[0], dgh_n, acc, input_precision=PRECISION)
                 else:  # the gates lie next to each other: one product with K = 3 H_PAD
                     acc = _add_product(
-                        acc, u_r + u_z + u_n, acc, dgh + operand, mask_operand, deadline,
+                        acc, u_r + u_z + u_n, acc, dgh + offs_operand, mask_operand, deadline,
                         error_ptr, BLOCK_K, 3 * CHUNKS, SPIN, SOLO, PRECISION,
                     )  # fmt: skip
             dh += total(acc, mask_h, SPLIT_K, PADDED)

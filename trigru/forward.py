@@ -8,7 +8,7 @@ from . import exchange
 from .exchange import deadline_from_now, peek, publish, settle
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
-from .tiles import load_u, operand_mask, operand_offsets, tanh, total, zeros
+from .tiles import load_u, operand, operand_mask, operand_offsets, tanh, total, zeros
 
 
 @triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
@@ -54,9 +54,9 @@ def _gru_forward_kernel(
     offs_b = tl.arange(0, BLOCK_B)  # [BLOCK_B]
     mask_h = offs_h < H
     u_ptr = w_hh_ptr + d * (3 * H_PAD * H_PAD)
-    u_r = load_u(u_ptr, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K)
-    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K)
-    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K)
+    u_r = load_u(u_ptr, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
+    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
+    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
     b_r = tl.zeros([BLOCK_H, 1], tl.float32)
     b_z = b_r
     b_n = b_r
@@ -75,7 +75,7 @@ def _gru_forward_kernel(
     own_gx = offs_b[None, :] * (D * 3 * H) + offs_h[:, None]
     own_gates = offs_b[None, :] * (D * G * H) + offs_h[:, None]
     own_h = offs_b[None, :] * H + offs_h[:, None]
-    operand = operand_offsets(offs_b, D * H_ROW, BLOCK_K, SPLIT_K)
+    offs_operand = operand_offsets(offs_b, D * H_ROW, BLOCK_K, SPLIT_K)
 
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     while row0 < B:  # the batch tiles of this program, one after another
@@ -112,13 +112,14 @@ def _gru_forward_kernel(
             acc_z = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
             acc_n = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
             if SOLO:
-                state = h.to(dtype)
+                state = operand(h.to(dtype), PRECISION)
             else:
-                ahead = peek(source + operand, mask_operand)
+                ahead = peek(source + offs_operand, mask_operand)
             for c in tl.static_range(CHUNKS):
                 if not SOLO:
-                    chunk = source + operand + c * BLOCK_K
+                    chunk = source + offs_operand + c * BLOCK_K
                     state = settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)
+                    state = operand(state, PRECISION)
                     if c + 1 < CHUNKS:  # in flight while this chunk is multiplied
                         ahead = peek(chunk + BLOCK_K, mask_operand)
                 acc_r = tl.dot(u_r[c], state, acc_r, input_precision=PRECISION)
@@ -132,13 +133,14 @@ def _gru_forward_kernel(
                 publish(rh + own, reset, mask_row)
                 z = tl.sigmoid(a_z + total(acc_z, mask_h, SPLIT_K, PADDED))
                 if SOLO:
-                    state = reset.to(dtype)
+                    state = operand(reset.to(dtype), PRECISION)
                 else:
-                    ahead = peek(rh + operand, mask_operand)
+                    ahead = peek(rh + offs_operand, mask_operand)
                 for c in tl.static_range(CHUNKS):
                     if not SOLO:
-                        chunk = rh + operand + c * BLOCK_K
+                        chunk = rh + offs_operand + c * BLOCK_K
                         state = settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)
+                        state = operand(state, PRECISION)
                         if c + 1 < CHUNKS:
                             ahead = peek(chunk + BLOCK_K, mask_operand)
                     acc_n = tl.dot(u_n[c], state, acc_n, input_precision=PRECISION)

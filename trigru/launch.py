@@ -19,9 +19,9 @@ class ExchangeTimeout(RuntimeError):
     """A program of a persistent launch waited too long for another one's data."""
 
 
-def wait_limit(T: int) -> int:
-    """The bound on all waits of one launch over T steps, in nanoseconds of the device's clock."""
-    return int(1e9 * (WAIT_SECONDS + WAIT_SECONDS_PER_STEP * T))
+def wait_limit(steps: int) -> int:
+    """The bound on all waits of a launch whose programs walk so many steps, in nanoseconds."""
+    return int(1e9 * (WAIT_SECONDS + WAIT_SECONDS_PER_STEP * steps))
 
 
 def error_flag(device: torch.device) -> Tensor:
@@ -34,7 +34,7 @@ def error_flag(device: torch.device) -> Tensor:
 
 
 def raise_if_failed(device: torch.device) -> None:
-    """Raise `ExchangeTimeout` if a launch on this device gave up waiting.
+    """Raise `ExchangeTimeout` if a launch on this device, as in `tensor.device`, gave up waiting.
 
     Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
     follows it, or by this function after a `torch.cuda.synchronize()`."""
@@ -74,9 +74,11 @@ def launch(
         return
     device, dtype = arguments[0].device, arguments[0].dtype
     raise_if_failed(device)
-    # PyTorch's own switch for recurrent layers; 16-bit types have only one precision.
+    # PyTorch's own switch for recurrent layers on CUDA.
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    tf32 = dtype != torch.float32 or precision == "tf32"
+    tf32 = device.type == "cuda" and dtype == torch.float32 and precision == "tf32"
+    _, tiles_at_once, _ = plan.grid(B)
+    steps = T * -(-B // (plan.BLOCK_B * tiles_at_once))  # that one program walks
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             kernel[plan.grid(B)](
@@ -84,7 +86,7 @@ def launch(
                 error_flag(device),
                 T,
                 B,
-                wait_limit(T),
+                wait_limit(steps),
                 first_direction,
                 **compile_time(plan, tf32, **switches),
                 num_warps=plan.num_warps,

@@ -14,7 +14,7 @@ class TriGRU(nn.RNNBase):
     r"""A multi-layer GRU with `torch.nn.GRU`'s constructor, parameters, shapes and results.
 
     On a CUDA device each layer's recurrence is one launch of a persistent Triton kernel, both
-    directions together. `variant` chooses the equation, with r and z as in either::
+    directions together where they fit. `variant` chooses the equation, with r and z as in either::
 
         "torch"     n = tanh(W_n x + b_in + r ⊙ (U_n h + b_hn))    h' = (1 − z) ⊙ n + z ⊙ h
         "textbook"  n = tanh(W_n x + U_n (r ⊙ h) + b_n)            h' = (1 − z) ⊙ h + z ⊙ n
@@ -181,7 +181,11 @@ class TriGRU(nn.RNNBase):
 
     @classmethod
     def from_torch(cls, gru: nn.GRU) -> "TriGRU":
-        """A TriGRU that computes what `gru` computes and shares its parameters."""
+        """A TriGRU that computes what `gru` computes and shares its parameters.
+
+        Raises TypeError if `gru` is no nn.GRU, or pruned or parametrised."""
+        if not isinstance(gru, nn.GRU):
+            raise TypeError(f"expected an nn.GRU, got {type(gru).__name__}")
         return _convert(gru, cls)
 
     def to_torch(self) -> nn.GRU:
@@ -215,8 +219,8 @@ def replace_gru(model: nn.Module) -> int:
     """Put a TriGRU with the same parameters where `model` holds an nn.GRU, however deep.
 
     Optimisers that hold the parameters go on working. A layer that is used in several places is
-    replaced by one TriGRU in all of them; subclasses of nn.GRU are left alone, for what they
-    change is not known, and so are hooks on the layer.
+    replaced by one TriGRU in all of them. Subclasses of nn.GRU are left alone, for what they change
+    is not known. Hooks on a layer are not carried over.
 
     Returns how many layers were replaced. Raises ValueError if `model` itself is an nn.GRU, which
     nothing holds: use `TriGRU.from_torch` for it; TypeError if a layer's weights are not its

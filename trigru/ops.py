@@ -54,7 +54,7 @@ def gru(
         reverse: walk from the last step to the first; y[t] is still the state after step t.
 
     All tensors are of one floating dtype and on one device; under autocast they are cast to its
-    dtype. Differentiable, to any order, in every tensor.
+    dtype. Differentiable by autograd, to any order, in every tensor.
 
     Returns:
         y (T, B, H), the state after every step, and h_n (B, H), the last of them.
@@ -138,6 +138,8 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
     """The reason why the persistent kernels do not run here, or None if they do."""
     if device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA's GPUs"
     if not HAS_TRITON:
         return "Triton is not installed"
     if dtype not in _KERNEL_DTYPES:
@@ -264,10 +266,11 @@ def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tupl
 
     def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over T and B
         parts = zip(gradients.split(steps), operand.split(steps), strict=True)
-        return sum(
+        products = (
             torch.bmm(g.flatten(0, 1).permute(1, 2, 0), o.flatten(0, 1).transpose(0, 1))
             for g, o in parts
-        )  # type: ignore[return-value]
+        )
+        return functools.reduce(torch.add, products)
 
     if operand_n is operand_rz:
         dw_hh = product(dgh, operand_rz)

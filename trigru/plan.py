@@ -104,13 +104,15 @@ def plan_launch(
     if limits.capability < MIN_CAPABILITY:
         have, need = ("{}.{}".format(*c) for c in (limits.capability, MIN_CAPABILITY))
         raise NoPlan(f"{limits.name} has compute capability {have}, the kernels need {need}")
-    plans = [_solo(H, D, block_b, itemsize) for block_b in (16, 32, 64) if H <= MAX_SOLO_H] + [
+    plans = [
         _group(limits, H, D, block_h, block_b, block_k, itemsize, textbook and not backward)
         for block_h in (16, 32, 64)
         for block_b in (16, 32, 64)
         for block_k in (128, 256, 512, 1024)
         if block_h * block_b <= (512 if backward or textbook else 1024)  # accumulators in registers
     ]
+    if H <= MAX_SOLO_H:
+        plans.append(_solo(limits, H, D, itemsize))
     fitting = [p for p in plans if p and p.shared_bytes <= limits.shared_bytes]
     if not fitting:
         raise NoPlan(
@@ -120,14 +122,17 @@ def plan_launch(
     return min(fitting, key=lambda p: _clocks_per_step(p, B, itemsize, backward, textbook))
 
 
-def _solo(H: int, D: int, block_b: int, itemsize: int) -> LaunchPlan:
+def _solo(limits: DeviceLimits, H: int, D: int, itemsize: int) -> LaunchPlan:
     H_pad = max(16, 1 << (H - 1).bit_length())
+    block_b = 16  # the least that tensor cores take without waste
     # U, and up to four tiles: the operands of a step and what its layouts are changed in
     shared = itemsize * H_pad * (3 * H_pad + 4 * block_b)
     warps = min(MAX_WARPS, max(1, H_pad // 16))
     return LaunchPlan(
         H=H, D=D, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=block_b, BLOCK_K=H_pad, SPLIT_K=1,
-        num_warps=warps, spin=0, solo=True, directions=D, batch_programs=1 << 30,
+        num_warps=warps, spin=0, solo=True, directions=D,
+        # Nobody waits, so a grid may be larger than the device; but then U would be loaded again.
+        batch_programs=limits.sm_count * max(1, limits.shared_bytes // shared),
         shared_bytes=shared,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh to 2 ulp in float32; 2 σ(2x) − 1 alone would lose the small values' last digits.
+    """tanh to a few ulp in float32; 2 σ(2x) − 1 alone would lose the small values' last digits.
 
     Below 0.55 it is x + x³ q(x²), q the Chebyshev fit of degree 4 to (tanh x − x) / x³."""
     s = x * x
@@ -16,6 +16,17 @@ def tanh(x):
     q = q * s - 0.333333164454
     size = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))
     return tl.where(tl.abs(x) < 0.55, x + x * s * q, tl.where(x < 0, -size, size))
+
+
+@triton.jit
+def operand(tile, PRECISION: tl.constexpr):
+    """A float32 tile as TF32 products need it, rounded to nearest; the hardware would cut it off.
+    Any other tile is left as it is."""
+    if PRECISION == "tf32":
+        tile = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [tile], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tile
 
 
 @triton.jit
@@ -30,7 +41,7 @@ def offsets_k(BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def load_u(u_ptr, offs_h, stride_h: tl.constexpr, stride_k: tl.constexpr, K: tl.constexpr,
-           BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
+           BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The rows `offs_h` of one gate's U, as a tuple of K // BLOCK_K tiles.
 
     Loaded before the time loop and used only as a dot's operand inside it, each tile is placed in
@@ -42,7 +53,7 @@ def load_u(u_ptr, offs_h, stride_h: tl.constexpr, stride_k: tl.constexpr, K: tl.
             offs = offs_h[:, None] * stride_h + (c * BLOCK_K + offs_k)[None, :] * stride_k
         else:  # [SPLIT_K, BLOCK_H, BLOCK_K // SPLIT_K]
             offs = offs_h[None, :, None] * stride_h + (c * BLOCK_K + offs_k)[:, None, :] * stride_k
-        tiles = tiles + (tl.load(u_ptr + offs),)  # type: ignore  # noqa: RUF005
+        tiles = tiles + (operand(tl.load(u_ptr + offs), PRECISION),)  # type: ignore  # noqa: RUF005
     return tiles
 
 
