@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,14 @@ def cuda_clock(calls: Sequence[Call]) -> list[float]:
 
     The host runs ahead of the device, as it does in a training loop: the Python of a call shows
     only where the device has nothing left to do."""
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
-    for call, (start, end) in zip(calls, marks, strict=True):
+    starts = [torch.cuda.Event(enable_timing=True) for _ in calls]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in calls]
+    for start, call, end in zip(starts, calls, ends, strict=True):
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    return [1e3 * start.elapsed_time(end) for start, end in marks]
+    return [1e3 * start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -91,6 +92,12 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def uses_tf32(device: torch.device) -> bool:
+    """Whether PyTorch computes the float32 products of recurrent layers in TF32 on this device."""
+    rnn: Any = torch.backends.cudnn.rnn
+    return device.type == "cuda" and rnn.fp32_precision == "tf32"
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Where and with what this process measures: the columns FACTS except `date`. What does not
     exist here, as the driver of a CPU, is empty."""
@@ -112,7 +119,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def now() -> str:
     """The time in UTC to the second, as ISO 8601."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def kernel_hash() -> str:
@@ -146,9 +153,10 @@ def _cpu_name() -> str:
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"CPU: {name}, {torch.get_num_threads()} threads"
+            models = [line for line in file if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    threads = torch.get_num_threads()
+    return f"CPU: {name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _version(package: str) -> str:

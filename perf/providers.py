@@ -1,7 +1,7 @@
 """What is compared: TriGRU, PyTorch's own GRU, and a plain loop for the textbook equation."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.backends.cudnn.rnn
@@ -95,7 +95,7 @@ def flatten(layer: nn.GRU) -> None:
 
     nn.GRU does so itself, but not in bfloat16, which its list of cuDNN's dtypes lacks."""
     layer.flatten_parameters()
-    weights = layer._flat_weights
+    weights: Any = layer._flat_weights
     if weights[0].is_cuda and weights[0].dtype == torch.bfloat16:
         with torch.no_grad(), torch.cuda.device_of(weights[0]):
             torch._cudnn_rnn_flatten_weight(

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trigru.accuracy import allowed_error, relative_error
+from trigru.accuracy import products_as_in_rnns, relative_error, violations
 from trigru.launch import raise_if_failed
 
 from .measure import (
-    Call, Clock, append_row, clock_for, facts, interleave, now, peak_bytes, percentiles,
-)  # fmt: skip
+    Call,
+    Clock,
+    append_row,
+    clock_for,
+    facts,
+    interleave,
+    now,
+    peak_bytes,
+    percentiles,
+    uses_tf32,
+)
 from .providers import DTYPES, Build, Provider, Weights, build_eager, build_torch, builders
 from .shapes import MODES, Case
 
@@ -22,6 +31,9 @@ COLUMNS = (
     "provider", "variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions",
     "p20_us", "p50_us", "p80_us", "us_per_step", "floor_us", "peak_bytes", "max_rel_err", "status",
 )  # fmt: skip
+
+Row = dict[str, Any]  # a CSV row by column
+Results = dict[str, Tensor]  # y, h_n, dx, dh0 and the gradients of the weights, by name
 
 # A yardstick further off than this part of the largest exact value measures nothing.
 USELESS_YARDSTICK = 0.5
@@ -48,19 +60,18 @@ def run_sweep(
 ) -> bool:
     """Measure the cases, both modes of each, and append a row for each provider to the CSV file at
     `path`. Each mode of a case is timed for about `seconds`. True if every row of TriGRU is ok."""
-    if device.type == "cuda":
-        # The recurrent layers' own setting, TF32 by default, for the products of all providers.
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision
     here, clock = facts(device), clock or clock_for(device)
     good = True
-    with tqdm(total=len(cases) * len(MODES), unit="case", desc="sweep") as bar:
+    # In float32 the eager loop and the input projections compute as nn.GRU does: TF32 by default.
+    with products_as_in_rnns(), tqdm(total=len(cases) * len(MODES), desc="sweep") as bar:
         for case in cases:
-            for mode, rows in measure_case(case, device, builders_of(case.variant, device), clock, seconds):
+            build = builders_of(case.variant, device)
+            for rows in measure_case(case, device, build, clock, seconds):
                 for row in rows:
                     append_row(path, COLUMNS, here | {"date": now()} | row)
                     if row["status"] != "ok":
-                        shape = f"{row['dtype']} T={case.T} B={case.B} I={case.I} H={case.H}"
-                        bar.write(f"{row['provider']} {case.variant} {mode} {shape}: {row['status']}")
+                        said = ("provider", "variant", "mode", "dtype", "T", "B", "H", "status")
+                        bar.write("not timed: " + " ".join(str(row[column]) for column in said))
                         good = good and row["provider"] != "trigru"
                 bar.update()
     return good
@@ -68,57 +79,58 @@ def run_sweep(
 
 def measure_case(
     case: Case, device: torch.device, build: Mapping[str, Build], clock: Clock, seconds: float
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """For each mode, its name and one row for each provider, with the columns from `provider` on."""
+) -> Iterator[list[Row]]:
+    """For each mode one row for each provider, with the columns from `provider` on. Each mode is
+    timed for about `seconds`."""
     try:
         problem = make_problem(case, device)
         exact = exact_results(case, problem)
     except Exception as error:
         for mode in MODES:
             status = f"no reference: {_text(error)}"
-            yield mode, [_row(case, device, mode, name, status) for name in build]
+            yield [_row(case, device, mode, name, status) for name in build]
         return
     for mode in MODES:
-        yield mode, measure_mode(case, device, problem, exact, mode, build, clock, seconds)
+        yield measure_mode(case, device, problem, exact, mode, build, clock, seconds)
 
 
 def measure_mode(
     case: Case,
     device: torch.device,
     problem: Problem,
-    exact: Sequence[Tensor],
+    exact: Results,
     mode: str,
     build: Mapping[str, Build],
     clock: Clock,
     seconds: float,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row for each provider. Those whose results are right are timed in turn; the first one is
     the yardstick of what is right."""
     rows = {name: _row(case, device, mode, name, "ok") for name in build}
+    wanted = exact if mode == "training" else {name: exact[name] for name in ("y", "h_n")}
     calls: dict[str, Call] = {}
-    yardstick: Sequence[Tensor] | None = None
-    for name, row in rows.items():
+    yardstick: Results | None = None
+    results: Results = {}
+    for i, (name, row) in enumerate(rows.items()):
         try:
             provider = build[name](case, problem.weights, mode == "training")
             call = make_call(provider, problem, mode)
-            results = call()
-            if not calls and name == next(iter(rows)):
-                yardstick = results
-            # The forward mode has only the first two results: y and h_n.
-            row["max_rel_err"], row["status"] = judge(results, exact[: len(results)], yardstick)
-            if yardstick is results and row["status"] != "ok":
-                yardstick = None
-            del results
-            if row["status"] == "ok":
+            results = dict(zip(wanted, call(), strict=True))
+            row["max_rel_err"], status = judge(results, wanted, yardstick)
+            if i > 0 and yardstick is None:
+                status = "unchecked: the yardstick has no result"
+            row["status"] = status
+            if status == "ok":
+                yardstick = yardstick or results
                 row["peak_bytes"] = peak_bytes(call, device)
                 calls[name] = call
         except Exception as error:
             row["status"] = f"error: {_text(error)}"
-    del yardstick
+    del yardstick, results
     try:
         times = interleave(calls, clock, seconds) if calls else {}
         if device.type == "cuda":
-            raise_if_failed(device)
+            raise_if_failed(problem.x.device)
     except Exception as error:
         for name in calls:
             rows[name]["status"] = f"error while timed: {_text(error)}"
@@ -129,24 +141,22 @@ def measure_mode(
     return list(rows.values())
 
 
-def judge(
-    results: Sequence[Tensor], exact: Sequence[Tensor], yardstick: Sequence[Tensor] | None
-) -> tuple[float, str]:
+def judge(results: Results, exact: Results, yardstick: Results | None) -> tuple[float, str]:
     """The largest relative error of the results, and "ok" or what is wrong with them.
 
-    trigru.accuracy's rule for each result apart. The yardstick itself need only be usable."""
-    errors = [relative_error(a, e) for a, e in zip(results, exact, strict=True)]
-    worst = max(errors)
+    trigru.accuracy's rule, or without a yardstick, as for the yardstick itself, that they are of
+    any use as one."""
+    worst = max(relative_error(results[name], exact[name]) for name in exact)
     if yardstick is None:
-        return worst, "unchecked: the yardstick has no result"
-    if results is yardstick:
-        return worst, "ok" if worst <= USELESS_YARDSTICK else f"wrong: off by {worst:.1e}"
-    for i, (a, e, y) in enumerate(zip(results, exact, yardstick, strict=True)):
-        if a.dtype != y.dtype:
-            return worst, f"wrong: result {i} is {a.dtype}, not {y.dtype}"
-        if not errors[i] <= (allowed := allowed_error(y, e)):
-            return worst, f"wrong: result {i} is off by {errors[i]:.1e}, allowed {allowed:.1e}"
-    return worst, "ok"
+        useful = worst <= USELESS_YARDSTICK
+        return worst, "ok" if useful else f"wrong: relative error {worst:.2e}, of no use"
+    broken = violations(results, exact, yardstick)
+    broken += [
+        f"{name} is {results[name].dtype}, not {yardstick[name].dtype}"
+        for name in exact
+        if results[name].dtype != yardstick[name].dtype
+    ]
+    return worst, f"wrong: {'; '.join(broken)}" if broken else "ok"
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
@@ -154,7 +164,9 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     unit variance, a state between -1 and 1."""
     torch.manual_seed(0)
     dtype, D = DTYPES[case.dtype], case.directions
-    layer = torch.nn.GRU(case.I, case.H, case.layers, bidirectional=D == 2, device=device, dtype=dtype)
+    layer = torch.nn.GRU(
+        case.I, case.H, case.layers, bidirectional=D == 2, device=device, dtype=dtype
+    )
     bias_hh = () if case.variant == "torch" else ("bias_hh",)
     weights = {k: v.detach() for k, v in layer.named_parameters() if not k.startswith(bias_hh)}
 
@@ -170,13 +182,15 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     )
 
 
-def exact_results(case: Case, problem: Problem) -> Sequence[Tensor]:
+def exact_results(case: Case, problem: Problem) -> Results:
     """The results of training in float64, of nn.GRU or the eager loop: y, h_n, dx, dh0 and the
-    gradient of each weight. The results of the forward mode are the first two."""
+    gradient of each weight, by name and in the order of `make_call`."""
     weights = {name: w.double() for name, w in problem.weights.items()}
     double = Problem(weights, *(t.double() for t in problem[1:]))
     build = build_torch if case.variant == "torch" else build_eager
-    return make_call(build(case, weights, True), double, "training")()
+    names = ("y", "h_n", "dx", "dh0", *(f"d{name}" for name in weights))
+    results = make_call(build(case, weights, True), double, "training")()
+    return dict(zip(names, results, strict=True))
 
 
 def make_call(provider: Provider, problem: Problem, mode: str) -> Callable[[], Sequence[Tensor]]:
@@ -201,13 +215,12 @@ def make_call(provider: Provider, problem: Problem, mode: str) -> Callable[[], S
     return training
 
 
-def _row(case: Case, device: torch.device, mode: str, name: str, status: str) -> dict[str, Any]:
+def _row(case: Case, device: torch.device, mode: str, name: str, status: str) -> Row:
     """A row's columns from `provider` on, with nothing measured yet."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS[COLUMNS.index("provider") :])
+    row: Row = dict.fromkeys(COLUMNS[COLUMNS.index("provider") :])
     row |= case._asdict() | {"provider": name, "mode": mode, "status": status}
-    if case.dtype == "fp32" and device.type == "cuda":
-        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
-        row["dtype"] = "tf32" if tf32 else "fp32"
+    if case.dtype == "fp32" and uses_tf32(device):
+        row["dtype"] = "tf32"
     return row
 
 

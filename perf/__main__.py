@@ -1,0 +1,111 @@
+"""The command line: `python -m perf [train | sweep | plot]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .plot import plot_csv
+from .providers import DTYPES
+from .shapes import SETS, VARIANTS
+from .sweep import run_sweep
+from .train import SETTINGS, run_training, verdict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 1 if TriGRU was found wrong."""
+    args = parser().parse_args(argv)
+    if args.command == "plot":
+        for path in args.csv:
+            draw(path, args.out)
+        return 0
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        # With problems this small, threads gain little, and they lose a hundredfold where they
+        # wait for each other while another process has the cores.
+        torch.set_num_threads(1)
+    folder = args.out or Path("perf-results")
+    good = True
+    if args.command in (None, "train"):
+        good &= train(device, args, folder / "train.csv")
+    if args.command in (None, "sweep"):
+        good &= sweep(device, args, folder / "sweep.csv")
+    return 0 if good else 1
+
+
+def train(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
+    """Train, draw, and say whether TriGRU's loss agrees with nn.GRU's; whether it does."""
+    settings = SETTINGS[device.type]
+    settings = settings._replace(steps=args.steps or settings.steps, H=args.hidden or settings.H)
+    good, sentence = verdict(run_training(device, args.train_dtype, settings, path))
+    draw(path)
+    print(sentence)
+    return good
+
+
+def sweep(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
+    """Measure the chosen shapes and draw; whether all of TriGRU's results were right."""
+    name = args.set or ("core" if device.type == "cuda" else "smoke")
+    chosen = [c for c in SETS[name]() if c.dtype in args.dtype and c.variant in args.variant]
+    if not chosen:
+        raise SystemExit(f"the set {name!r} has no such shapes")
+    good = run_sweep(chosen, device, path, seconds=args.seconds)
+    draw(path)
+    print(
+        f"{len(chosen)} shapes of the set {name!r}: TriGRU was "
+        + ("right in all of them." if good else "NOT ok in some: see the status column.")
+    )
+    return good
+
+
+def draw(path: Path, folder: Path | None = None) -> None:
+    """Draw a CSV file, beside it or in `folder`, and say where."""
+    for picture in plot_csv(path, folder):
+        print(f"wrote {picture}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands. Defaults are set once, for no command too."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--out", type=Path, metavar="DIR", help="where to write")
+    device = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    device.add_argument("--device", choices=sorted(SETTINGS), help="default: cuda if there is one")
+
+    top = argparse.ArgumentParser(
+        "python -m perf",
+        description="Train and time TriGRU against PyTorch's own GRU. Without a command: train, "
+        "then sweep, both with their defaults, writing to perf-results.",
+        parents=[common, device],
+    )
+    top.set_defaults(
+        out=None, device="cuda" if torch.cuda.is_available() else "cpu", steps=None, hidden=None,
+        train_dtype="fp32", set=None, dtype=list(DTYPES), variant=list(VARIANTS), seconds=0.3,
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command")
+
+    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, parents=[common, *parents],
+            argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+
+    sub = command("train", "a character model with nn.GRU and with TriGRU, side by side", device)
+    sub.add_argument("--dtype", dest="train_dtype", choices=DTYPES, help="default: fp32")
+    sub.add_argument("--steps", type=int, help="training steps")
+    sub.add_argument("--hidden", type=int, metavar="H", help="hidden units")
+
+    sub = command("sweep", "speed, memory and error over a set of shapes", device)
+    sub.add_argument("--set", choices=SETS, help="default: core on a GPU, smoke on a CPU")
+    sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
+    sub.add_argument("--variant", nargs="+", choices=VARIANTS, help="only these")
+    sub.add_argument("--seconds", type=float, help="to time each shape and mode, about; 0.3")
+
+    sub = command("plot", "draw CSV files again, beside them or in DIR")
+    sub.add_argument("csv", nargs="+", type=Path, metavar="CSV")
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""`python -m perf train`: the same character model with nn.GRU and with TriGRU, side by side."""
+
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from trigru import TriGRU
+
+from .measure import FACTS, append_row, facts, now, percentiles, uses_tf32
+from .providers import DTYPES, flatten
+
+COLUMNS = (
+    *FACTS, "run", "variant", "dtype", "T", "B", "H", "step", "train_bpc", "heldout_bpc",
+    "tokens_per_s",
+)  # fmt: skip
+
+Row = dict[str, Any]  # a CSV row by column
+
+YARDSTICK, TRIGRU, TEXTBOOK, CONTROL = "nn.GRU", "TriGRU", "TriGRU textbook", "nn.GRU nudged"
+
+SEED = 0
+TEXT_BYTES = 4_000_000  # the most that is read
+HELD_OUT = 0.05  # of the text, its end
+EMBEDDING = 64
+LEARNING_RATE = 2e-3
+CLIP_NORM = 1.0
+WARM_UP_STEPS = 5  # that the throughput leaves out
+EVALUATIONS = 10  # in a whole run
+EVALUATED = (16, 512)  # rows and steps of the held-out text
+SMOOTHING = 20  # steps
+
+# How far TriGRU's loss may be from nn.GRU's, in bits per character. Two right programs that round
+# differently drift apart in training, so the run measures how far: CONTROL is nn.GRU again, from
+# weights nudged by one rounding of the products' dtype. That drift is one draw of a random thing,
+# hence FACTOR; FLOOR is for where it is next to nothing.
+#
+# Measured with the CPU's settings, after 300 steps, as the distance from nn.GRU in float32: a nudge
+# of 2^-23 gave 0.0000, of 2^-10 0.0004, of 2^-7 0.0019, where computing all in float16 gave 0.0002
+# and in bfloat16 0.0014. Errors gave more: the gradient cut every 16 steps 0.012, no gradient for
+# b_hh 0.015, b_hn outside of the reset gate 0.025, an h_n one step old 0.026, hx ignored 0.049.
+# (What only scales a gradient Adam hides: that is for the tests to find.) After 1000 steps chaos
+# has grown the smallest nudge to 0.012 and bfloat16's to 0.030, near the errors' 0.07. So the first
+# EARLY steps, which can tell, are judged by themselves, and the whole run by its own drift.
+FACTOR = 3.0
+FLOOR = 0.002
+EARLY = 300
+
+
+class Settings(NamedTuple):
+    """The size of a training run. T, B and H are in steps of time, rows and hidden units."""
+
+    steps: int
+    T: int
+    B: int
+    H: int
+
+
+SETTINGS = {"cpu": Settings(300, T=64, B=16, H=128), "cuda": Settings(1000, T=256, B=64, H=512)}
+
+
+class CharModel(nn.Module):
+    """Bytes to logits of the next byte: an embedding, a GRU and a linear layer."""
+
+    def __init__(self, gru: nn.Module, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.embedding = nn.Embedding(256, EMBEDDING)
+        self.head = nn.Linear(hidden, 256)
+        self.gru = gru
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (T, B) bytes, state (1, B, H) → logits (T, B, 256) and the state after them."""
+        y, state = self.gru(self.embedding(x), state)
+        return self.head(y), state
+
+
+class Run:
+    """A model in training: its float32 weights, its optimiser and the state it carries along."""
+
+    def __init__(self, gru: nn.Module, H: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = CharModel(gru, H).to(device=device)
+        # The optimiser works on float32 copies: an update is often too small for a 16-bit weight.
+        self.weights = [p.detach().float().clone() for p in self.model.parameters()]
+        self.optimiser = torch.optim.Adam(self.weights, LEARNING_RATE)
+        self.model.to(dtype=dtype)
+        self.state: Tensor | None = None
+        if isinstance(gru, nn.GRU):
+            flatten(gru)
+
+    def step(self, text: Tensor) -> Tensor:
+        """Train on text (T + 1, B), bytes that follow those of the last call; the loss in bits per
+        character."""
+        logits, state = self.model(text[:-1], self.state)
+        self.state = state.detach()
+        targets = text[1:].flatten()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        # The sum's gradients are large enough for float16; the mean's would underflow.
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient.float() / len(targets)
+        nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
+        self.optimiser.step()
+        with torch.no_grad():
+            for parameter, weight in zip(self.model.parameters(), self.weights, strict=True):
+                parameter.copy_(weight)
+        return loss.detach() / len(targets) / math.log(2)
+
+    @torch.no_grad()
+    def evaluate(self, text: Tensor) -> float:
+        """The loss in bits per character on text (T + 1, B), from the zero state."""
+        logits, _ = self.model.eval()(text[:-1], None)
+        self.model.train()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), text[1:].flatten())
+        return loss.item() / math.log(2)
+
+
+def make_layers(H: int, rounding: float) -> dict[str, nn.Module]:
+    """The recurrent layers by run. TriGRU starts from nn.GRU's weights; so does a second nn.GRU,
+    whose weights are nudged by `rounding`, relative to each, up or down at random."""
+    torch.manual_seed(SEED)
+    yardstick, nudged = nn.GRU(EMBEDDING, H), nn.GRU(EMBEDDING, H)
+    trigru = TriGRU(EMBEDDING, H)
+    for layer in (nudged, trigru):
+        layer.load_state_dict(yardstick.state_dict())
+    with torch.no_grad():
+        for w in nudged.parameters():
+            w.mul_(1 + rounding * (2 * torch.randint_like(w, 2) - 1))
+    torch.manual_seed(SEED)
+    textbook = TriGRU(EMBEDDING, H, variant="textbook")
+    return {YARDSTICK: yardstick, TRIGRU: trigru, TEXTBOOK: textbook, CONTROL: nudged}
+
+
+def rounding_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative rounding error of the products in this dtype: TF32's for float32 on a GPU."""
+    return 2.0**-10 if dtype == torch.float32 and uses_tf32(device) else torch.finfo(dtype).eps
+
+
+def standard_library() -> bytes:
+    """The source of Python's standard library, one file after another by name: text that every
+    machine has, if not the same with every Python. At most TEXT_BYTES."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return b"".join(file.read_bytes() for file in files)[:TEXT_BYTES]
+
+
+def streams(text: bytes, rows: int, device: torch.device) -> Tensor:
+    """The text (length, rows) in `rows` pieces side by side, as numbers of bytes."""
+    length = len(text) // rows
+    numbers = torch.frombuffer(bytearray(text[: length * rows]), dtype=torch.uint8)
+    return numbers.view(rows, length).t().contiguous().to(device, torch.long)
+
+
+def run_training(
+    device: torch.device,
+    dtype: str,
+    settings: Settings,
+    path: Path,
+    *,
+    text: bytes | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    layers: Callable[[int, float], dict[str, nn.Module]] = make_layers,
+) -> list[Row]:
+    """Train all runs step by step in turn on the same batches, and append a row for each step of
+    each run to the CSV file at `path`. `clock` tells the time in seconds. The rows."""
+    steps, T, B, H = settings
+    text = standard_library() if text is None else text
+    split = int(len(text) * (1 - HELD_OUT))
+    training = streams(text[:split], B, device)
+    held_out = streams(text[split:], EVALUATED[0], device)[: EVALUATED[1] + 1]
+    per_epoch = (len(training) - 1) // T
+
+    element = DTYPES[dtype]
+    runs = {
+        name: Run(layer, H, device, element)
+        for name, layer in layers(H, rounding_of(element, device)).items()
+    }
+    shape = {"dtype": dtype, "T": T, "B": B, "H": H}
+    known = facts(device) | {"date": now()}
+    rows: list[Row] = []
+    bar = trange(steps, unit="step", desc="train")
+    for step in bar:
+        at = step % per_epoch * T
+        losses = {}
+        for name, run in runs.items():
+            if at == 0:
+                run.state = None
+            start = _time(clock, device)
+            loss = run.step(training[at : at + T + 1])
+            seconds = _time(clock, device) - start
+            evaluated = (step + 1) % max(1, steps // EVALUATIONS) == 0
+            row = {
+                "run": name,
+                "variant": getattr(run.model.gru, "variant", "torch"),
+                "step": step + 1,
+                "train_bpc": loss.item(),
+                "heldout_bpc": run.evaluate(held_out) if evaluated else None,
+                "tokens_per_s": round(T * B / seconds),
+            }
+            rows.append(known | shape | row)
+            append_row(path, COLUMNS, rows[-1])
+            losses[name] = row["train_bpc"]
+        bar.set_postfix_str(
+            f"bits/char: {YARDSTICK} {losses[YARDSTICK]:.2f}, {TRIGRU} {losses[TRIGRU]:.2f}", False
+        )
+    return rows
+
+
+def verdict(rows: Sequence[Row]) -> tuple[bool, str]:
+    """Whether TriGRU's curves agree with nn.GRU's, and a sentence that says within what."""
+    steps = max(r["step"] for r in rows)
+    agrees, parts = True, []
+    for last in sorted({min(EARLY, steps), steps}):
+        distance, allowed = distance_between(rows, TRIGRU, last), allowed_distance(rows, last)
+        agrees = agrees and distance <= allowed  # false for nan
+        parts.append(f"{distance:.4f} apart over {last:.0f} steps ({allowed:.4f} is allowed)")
+    return agrees, (
+        f"TriGRU's loss {'agrees' if agrees else 'DISAGREES'} with nn.GRU's: in bits per character "
+        f"they are at most {' and '.join(parts)}, in training loss as the mean of {SMOOTHING} "
+        "steps and in held-out loss."
+    )
+
+
+def allowed_distance(rows: Sequence[Row], last: float) -> float:
+    """How far TriGRU's curves may be from nn.GRU's up to the step `last`, in bits per character."""
+    return max(FLOOR, FACTOR * distance_between(rows, CONTROL, last))
+
+
+def distance_between(rows: Sequence[Row], name: str, last: float) -> float:
+    """The largest distance of the run's curves, smoothed training loss and held-out loss, from
+    nn.GRU's up to the step `last`, in bits per character; nan if a loss is not finite."""
+    until = [r for r in rows if r["step"] <= last]
+    every = [*distances(until, name), *distances(until, name, "heldout_bpc")]
+    return max(every) if all(map(math.isfinite, every)) else math.nan
+
+
+def distances(rows: Sequence[Row], name: str, column: str = "train_bpc") -> list[float]:
+    """|the run's loss − nn.GRU's| in bits per character: of the training loss after smoothing, or
+    of the held-out loss wherever it was evaluated."""
+    run, yardstick = (
+        [r[column] for r in rows if r["run"] == run and r[column] is not None]
+        for run in (name, YARDSTICK)
+    )
+    if column == "train_bpc":
+        run, yardstick = smoothed(run), smoothed(yardstick)
+    return [abs(a - b) for a, b in zip(run, yardstick, strict=True)]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean over each value and those before it, SMOOTHING values in all, in their unit; the
+    first mean is that of the first SMOOTHING values."""
+    width = min(SMOOTHING, len(values))
+    return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
+
+
+def throughput(rows: Sequence[Row], name: str) -> tuple[float, float, float]:
+    """The run's characters per second: p20, p50 and p80 over the steps after the warm-up."""
+    every = [r["tokens_per_s"] for r in rows if r["run"] == name]
+    return percentiles(every[min(WARM_UP_STEPS, len(every) - 2) :])
+
+
+def _time(clock: Callable[[], float], device: torch.device) -> float:
+    """The time in seconds when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
