@@ -72,14 +72,15 @@ def wait(tile, limit=LONG):
     peeked_and_addresses = tile.words(tile.now) + tile.addresses
     inputs = peeked_and_addresses + [START + limit] * elements + [FLAG] * elements
     inputs = {f"${4 * vectors + i}": value for i, value in enumerate(inputs)}
-    registers, clock, loads, stored, at = dict(inputs), START, 0, {}, 0
+    registers, clock, loads, stored, at, steps = dict(inputs), START, 0, {}, 0, 0
 
     def value(name):
         return int(name, 0) if name[0].isdigit() else registers[name]
 
     while at < len(code):
         negated, guard, opcode, arguments, _ = code[at]
-        at += 1
+        at, steps = at + 1, steps + 1
+        assert steps < 20_000, "it never ends"
         if opcode in (None, ".reg") or (guard and registers[guard] == bool(negated)):
             continue
         *into, last = re.findall(r"[^][{}, ]+", arguments) or [None]

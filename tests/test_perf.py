@@ -3,6 +3,7 @@ Nothing here depends on how long anything takes."""
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,7 +325,8 @@ def curves(drift, distance, steps=400):
         (lambda s: 0.1 * (s > 300), lambda s: 0.29 * (s > 300), True),
         (lambda s: 0.1 * (s > 300), lambda s: 0.01, False),  # too early
         (lambda s: 0, lambda s: 0.03 * (s == 200), True),  # one step is not a curve
-        (lambda s: 0, lambda s: math.nan, False),
+        (lambda s: 0, lambda s: 0.01 * (s > 350), False),  # late, and not drift either
+        (lambda s: 0, lambda s: math.nan if s > 350 else 0, False),
     ],
 )
 def test_curves_may_drift_apart_as_nn_gru_does_from_itself(drift, distance, agrees):
@@ -411,3 +413,10 @@ def test_sweep_command_measures_the_chosen_shapes(monkeypatch, tmp_path, capsys)
     assert len(pictures(tmp_path)) == 4
     with pytest.raises(SystemExit, match="no such shapes"):
         command.main([*arguments, "--dtype", "bf16"])
+
+
+def test_options_count_before_the_command_and_after():
+    for arguments in (["--out", "X", "train"], ["train", "--out", "X"], ["--out", "X"]):
+        options = command.parser().parse_args(arguments)
+        assert options.out == Path("X")
+        assert options.device == ("cuda" if torch.cuda.is_available() else "cpu")

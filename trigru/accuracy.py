@@ -89,7 +89,10 @@ def eager_loop(*, textbook: bool, reverse: bool) -> Callable:
     """The reference's loop as a function of the inputs, for `differentiate`."""
 
     def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
-        return reference.gru_forward(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)[:2]
+        y, h_n, _, _ = reference.gru_forward(
+            gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse, save=False
+        )
+        return y, h_n
 
     return function
 

@@ -25,41 +25,58 @@ def states_before(y: Tensor, h0: Tensor, *, reverse: bool) -> Tensor:
 
 
 def gru_forward(
-    gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, *, textbook: bool, reverse: bool
+    gx: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    *,
+    textbook: bool,
+    reverse: bool,
+    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The recurrence over gx (T, B, D, 3H) from h0 (D, B, H), with w_hh (D, 3H, H) and b_hh
     (D, 3H). With D = 2 the second direction runs backwards in time; with D = 1, `reverse` says so.
 
-    Returns y (T, B, D, H), h_n (D, B, H), the gates (T, B, D, G, H), which are r, z, n and, in the
-    torch form, gh_n = U_n h + b_hn, and r ⊙ h (T, B, D, H)."""
+    Returns y (T, B, D, H), h_n (D, B, H) and, if `save`, the gates (T, B, D, G, H), which are r, z,
+    n and, in the torch form, gh_n = U_n h + b_hn; in the textbook form also r ⊙ h (T, B, D, H).
+    What is not saved comes back empty."""
     T, D, H = len(gx), len(h0), h0.shape[-1]
-    h_n: list[Tensor] = []
-    y: list[Tensor] = []
-    gates: list[Tensor] = []
-    rh: list[Tensor] = []
+    y, h_n, gates, rh = [], [], [], []
     for d in range(D):
         h = h0[d]
-        w_rz, w_n = w_hh[d].split((2 * H, H))
-        b_rz, b_n = (0, 0) if b_hh is None else b_hh[d].split((2 * H, H))
-        steps: list[tuple[Tensor, Tensor, Tensor]] = [None] * T  # type: ignore[list-item]
+        u_rz, u_n = (u.T for u in w_hh[d].split((2 * H, H)))
+        gx_rz, gx_n = gx[:, :, d].split((2 * H, H), dim=-1)  # (T, B, 2H), (T, B, H)
+        b_n = gx.new_zeros(H)
+        if b_hh is not None:
+            b_rz, b_n = b_hh[d].split((2 * H, H))
+            gx_rz = gx_rz + b_rz
+        y_d, gates_d, rh_d = [h] * T, [h] * T, [h] * T  # to be overwritten
         for t in _steps(T, backwards=reverse or d == 1):
-            gx_rz, gx_n = gx[t, :, d].split((2 * H, H), dim=-1)  # (B, 2H), (B, H)
-            r, z = torch.sigmoid(gx_rz + h @ w_rz.T + b_rz).chunk(2, dim=-1)
-            reset = r * h
+            rz = torch.sigmoid(torch.addmm(gx_rz[t], h, u_rz))
+            r, z = rz.chunk(2, dim=-1)
             if textbook:
-                n = torch.tanh(gx_n + reset @ w_n.T + b_n)
+                rh_d[t] = r * h
+                n = torch.tanh(torch.addmm(gx_n[t] + b_n, rh_d[t], u_n))
                 h = (1 - z) * h + z * n
-                gate = torch.stack((r, z, n), dim=-2)
             else:
-                gh_n = h @ w_n.T + b_n
-                n = torch.tanh(gx_n + r * gh_n)
+                gh_n = torch.addmm(b_n, h, u_n)
+                n = torch.tanh(gx_n[t] + r * gh_n)
                 h = (1 - z) * n + z * h
-                gate = torch.stack((r, z, n, gh_n), dim=-2)
-            steps[t] = h, gate, reset
+            y_d[t] = h
+            if save:
+                gates_d[t] = torch.cat((rz, n) if textbook else (rz, n, gh_n), -1)
+        y.append(torch.stack(y_d))
         h_n.append(h)
-        for kept, column in zip((y, gates, rh), zip(*steps, strict=True), strict=True):
-            kept.append(torch.stack(column))
-    return torch.stack(y, 2), torch.stack(h_n), torch.stack(gates, 2), torch.stack(rh, 2)
+        if save:
+            gates.append(torch.stack(gates_d).unflatten(-1, (-1, H)))
+            if textbook:
+                rh.append(torch.stack(rh_d))
+    return (
+        torch.stack(y, 2),
+        torch.stack(h_n),
+        torch.stack(gates, 2) if gates else gx.new_empty(0),
+        torch.stack(rh, 2) if rh else gx.new_empty(0),
+    )
 
 
 def gru_backward(

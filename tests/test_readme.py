@@ -1,0 +1,19 @@
+"""README's quick start runs as it is pasted, and its two commands are there for CI to run."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_quick_start_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.strip().splitlines()) <= 10
+    exec(code, {})
+    shapes = "torch.Size([100, 16, 512]) torch.Size([4, 16, 256]) torch.Size([100, 16, 256])"
+    assert capsys.readouterr().out.strip() == shapes
+
+
+def test_two_commands():
+    (block,) = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert re.fullmatch(r"# run the main job\n.+ && .+\n# pass the tests\n.+ && pytest\n", block)
