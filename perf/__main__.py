@@ -67,36 +67,42 @@ def draw(path: Path, folder: Path | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of all commands. Defaults are set once, for no command too."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--out", type=Path, metavar="DIR", help="where to write")
-    device = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    device.add_argument("--device", choices=sorted(SETTINGS), help="default: cuda if there is one")
+    """The arguments of all commands. The defaults are set once, on top, for no command too."""
+
+    def add_out(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--out", type=Path, metavar="DIR", help="where to write")
+
+    def add_device(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--device", choices=sorted(SETTINGS), help="default: cuda if there is one")
 
     top = argparse.ArgumentParser(
         "python -m perf",
         description="Train and time TriGRU against PyTorch's own GRU. Without a command: train, "
         "then sweep, both with their defaults, writing to perf-results.",
-        parents=[common, device],
     )
+    add_out(top)
+    add_device(top)
     top.set_defaults(
         out=None, device="cuda" if torch.cuda.is_available() else "cpu", steps=None, hidden=None,
         train_dtype="fp32", set=None, dtype=list(DTYPES), variant=list(VARIANTS), seconds=0.3,
     )  # fmt: skip
     commands = top.add_subparsers(dest="command")
 
-    def command(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=text, parents=[common, *parents],
-            argument_default=argparse.SUPPRESS,
-        )  # fmt: skip
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
+        add_out(sub)
+        return sub
 
-    sub = command("train", "a character model with nn.GRU and with TriGRU, side by side", device)
+    sub = command("train", "a character model with nn.GRU and with TriGRU, side by side")
+    add_device(sub)
     sub.add_argument("--dtype", dest="train_dtype", choices=DTYPES, help="default: fp32")
     sub.add_argument("--steps", type=int, help="training steps")
     sub.add_argument("--hidden", type=int, metavar="H", help="hidden units")
 
-    sub = command("sweep", "speed, memory and error over a set of shapes", device)
+    sub = command("sweep", "speed, memory and error over a set of shapes")
+    add_device(sub)
     sub.add_argument("--set", choices=SETS, help="default: core on a GPU, smoke on a CPU")
     sub.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
     sub.add_argument("--variant", nargs="+", choices=VARIANTS, help="only these")
