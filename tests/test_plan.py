@@ -98,7 +98,9 @@ def plan(limits, **changes):
 def test_regimes():
     assert plan(TARGETS[90], H=128).solo
     assert not plan(TARGETS[90], H=129).solo
-    assert not plan(TARGETS[86], H=128, itemsize=4).solo  # U alone takes 192 KiB
+    assert plan(TARGETS[90], H=64, itemsize=4).solo
+    assert not plan(TARGETS[90], H=65, itemsize=4).solo
+    assert not plan(TARGETS[86], H=128).solo  # U takes all of its 99 KiB
 
 
 def test_directions_share_a_launch_where_both_fit():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 MAX_WARPS = 8
 VECTOR_BYTES = 16  # what one load instruction of one thread moves at the most
-MAX_SOLO_H = 128
+MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where more would spill
 MIN_CAPABILITY = (8, 0)  # tensor cores for bf16 and TF32
 
 # The model's clocks: a rough guess at an H100, good enough to rank plans.
@@ -109,9 +109,10 @@ def plan_launch(
         for block_h in (16, 32, 64)
         for block_b in (16, 32, 64)
         for block_k in (128, 256, 512, 1024)
-        if block_h * block_b <= (512 if backward or textbook else 1024)  # accumulators in registers
+        # accumulators in registers
+        if block_h * block_b <= (512 if backward or textbook or itemsize == 4 else 1024)
     ]
-    if H <= MAX_SOLO_H:
+    if H * itemsize <= MAX_SOLO_ROW_BYTES:
         plans.append(_solo(limits, H, D, itemsize))
     fitting = [p for p in plans if p and p.shared_bytes <= limits.shared_bytes]
     if not fitting:
@@ -127,7 +128,7 @@ def _solo(limits: DeviceLimits, H: int, D: int, itemsize: int) -> LaunchPlan:
     block_b = 16  # the least that tensor cores take without waste
     # U, and up to four tiles: the operands of a step and what its layouts are changed in
     shared = itemsize * H_pad * (3 * H_pad + 4 * block_b)
-    warps = min(MAX_WARPS, max(1, H_pad // 16))
+    warps = min(MAX_WARPS, max(2, H_pad // 16))
     return LaunchPlan(
         H=H, D=D, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=block_b, BLOCK_K=H_pad, SPLIT_K=1,
         num_warps=warps, spin=0, solo=True, directions=D,
