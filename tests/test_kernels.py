@@ -1,4 +1,4 @@
-"""The real kernels, interpreted, every program of a launch in a process of its own (design §7)."""
+"""The real kernels, interpreted, every program of a launch in a process of its own."""
 
 import interpreted as cases
 import pytest
