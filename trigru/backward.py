@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exchange import deadline_from_now, peek, publish, settle, unwritten
+from .exchange import deadline_from_now, publish, unwritten
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
-from .tiles import load_u, operand, operand_mask, operand_offsets, total, zeros
+from .tiles import add_product, load_u, operand, operand_mask, operand_offsets, total, zeros
 
 
 @triton.jit
@@ -28,24 +28,6 @@ def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, rows, B
     h = tl.load(y_before + own_y, mask=mask_inner, other=0.0)
     h += tl.load(h0 + own_h, mask=mask_last, other=0.0)
     return dy_t, r, z, n, gh_n, h
-
-
-@triton.jit
-def _add_product(acc, u, local, source, mask, deadline, error_ptr,
-                 BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, SPIN: tl.constexpr,
-                 SOLO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + Uᵀ · (the exchanged tiles at `source`, or the program's own tile `local`)."""
-    if SOLO:
-        acc = tl.dot(u[0], operand(local, PRECISION), acc, input_precision=PRECISION)
-    else:
-        ahead = peek(source, mask)
-        for c in tl.static_range(CHUNKS):
-            chunk = source + c * BLOCK_K
-            tile = settle(ahead, chunk, mask, deadline, error_ptr, SPIN)
-            if c + 1 < CHUNKS:  # in flight while this chunk is multiplied
-                ahead = peek(chunk + BLOCK_K, mask)
-            acc = tl.dot(u[c], operand(tile, PRECISION), acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
@@ -147,7 +129,7 @@ def _gru_backward_kernel(
                 da_z = dh * (n - h) * z * (1 - z)
                 publish(dgh + own_dgh + 2 * H_ROW, da_n, mask_row)
                 publish(dgh + own_dgh + H_ROW, da_z, mask_row)
-                acc_n = _add_product(
+                acc_n = add_product(
                     acc, u_n, da_n.to(dtype), dgh + 2 * H_ROW + offs_operand, mask_operand,
                     deadline, error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
@@ -156,11 +138,11 @@ def _gru_backward_kernel(
                 publish(dgh + own_dgh, da_r, mask_row)
                 dh = dh * (1 - z) + d_reset * r
                 # z arrived with n long ago
-                acc = _add_product(
+                acc = add_product(
                     acc, u_z, da_z.to(dtype), dgh + H_ROW + offs_operand, mask_operand, deadline,
                     error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
-                acc = _add_product(
+                acc = add_product(
                     acc, u_r, da_r.to(dtype), dgh + offs_operand, mask_operand, deadline,
                     error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
                 )  # fmt: skip
@@ -184,7 +166,7 @@ def _gru_backward_kernel(
                     acc = tl.dot(u_z[0], da_z, acc, input_precision=PRECISION)
                     acc = tl.dot(u_n[0], dgh_n, acc, input_precision=PRECISION)
                 else:  # the gates lie next to each other: one product with K = 3 H_PAD
-                    acc = _add_product(
+                    acc = add_product(
                         acc, u_r + u_z + u_n, acc, dgh + offs_operand, mask_operand, deadline,
                         error_ptr, BLOCK_K, 3 * CHUNKS, SPIN, SOLO, PRECISION,
                     )  # fmt: skip

@@ -8,7 +8,7 @@ from . import exchange
 from .exchange import deadline_from_now, peek, publish, settle
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
-from .tiles import load_u, operand, operand_mask, operand_offsets, tanh, total, zeros
+from .tiles import add_product, load_u, operand, operand_mask, operand_offsets, tanh, total, zeros
 
 
 @triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
@@ -132,18 +132,10 @@ def _gru_forward_kernel(
                 reset = r * h
                 publish(rh + own, reset, mask_row)
                 z = tl.sigmoid(a_z + total(acc_z, mask_h, SPLIT_K, PADDED))
-                if SOLO:
-                    state = operand(reset.to(dtype), PRECISION)
-                else:
-                    ahead = peek(rh + offs_operand, mask_operand)
-                for c in tl.static_range(CHUNKS):
-                    if not SOLO:
-                        chunk = rh + offs_operand + c * BLOCK_K
-                        state = settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)
-                        state = operand(state, PRECISION)
-                        if c + 1 < CHUNKS:
-                            ahead = peek(chunk + BLOCK_K, mask_operand)
-                    acc_n = tl.dot(u_n[c], state, acc_n, input_precision=PRECISION)
+                acc_n = add_product(
+                    acc_n, u_n, reset.to(dtype), rh + offs_operand, mask_operand,
+                    deadline, error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
+                )  # fmt: skip
                 n = tanh(a_n + b_n + total(acc_n, mask_h, SPLIT_K, PADDED))
                 h = (1 - z) * h + z * n
             else:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .exchange import peek, settle
+
 
 @triton.jit
 def tanh(x):
@@ -83,6 +85,24 @@ def zeros(BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, SPLIT_K: tl.constexpr):
         return tl.zeros([BLOCK_H, BLOCK_B], tl.float32)
     else:
         return tl.zeros([SPLIT_K, BLOCK_H, BLOCK_B], tl.float32)
+
+
+@triton.jit
+def add_product(acc, u, local, source, mask, deadline, error_ptr,
+                 BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr, SPIN: tl.constexpr,
+                 SOLO: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + u · (the exchanged tiles at `source`, or the program's own tile `local`)."""
+    if SOLO:
+        acc = tl.dot(u[0], operand(local, PRECISION), acc, input_precision=PRECISION)
+    else:
+        ahead = peek(source, mask)
+        for c in tl.static_range(CHUNKS):
+            chunk = source + c * BLOCK_K
+            tile = settle(ahead, chunk, mask, deadline, error_ptr, SPIN)
+            if c + 1 < CHUNKS:  # in flight while this chunk is multiplied
+                ahead = peek(chunk + BLOCK_K, mask)
+            acc = tl.dot(u[c], operand(tile, PRECISION), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
