@@ -1,38 +1,62 @@
-"""The command line: `python -m perf [train | sweep | plot]`."""
+"""The command line: `python -m perf [train | sweep | evidence | plot | compare]`."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from .plot import plot_csv
+from .compare import compare, report
+from .evidence import PARTS, ROOT, run_evidence, run_part
+from .plot import plot_all, plot_csv
 from .providers import DTYPES
 from .shapes import SETS, VARIANTS
-from .sweep import run_sweep
+from .sweep import DeviceLost, make_bench, run_sweep
 from .train import SETTINGS, run_training, verdict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 1 if TriGRU was found wrong."""
+    """Run a command; 0, or 1 if TriGRU was found wrong, or became so between two sweeps, or 3 if a
+    kernel ended this process's use of the device."""
     args = parser().parse_args(argv)
     if args.command == "plot":
         for path in args.csv:
-            draw(path, args.out)
+            tell(plot_csv(path, args.out))
+        if not args.csv:
+            tell(plot_all(ROOT / "perf" / "results", ROOT / "README.md"))
         return 0
+    if args.command == "compare":
+        comparison = compare(args.before, args.after)
+        print(report(comparison))
+        return 0 if comparison.good else 1
     device = torch.device(args.device)
     if device.type == "cpu":
         # With problems this small, threads gain little, and they lose a hundredfold where they
         # wait for each other while another process has the cores.
         torch.set_num_threads(1)
     folder = args.out or Path("perf-results")
-    good = True
-    if args.command in (None, "train"):
-        good &= train(device, args, folder / "train.csv")
-    if args.command in (None, "sweep"):
-        good &= sweep(device, args, folder / "sweep.csv")
+    try:
+        if args.command == "evidence":
+            good = evidence(device, args, folder)
+        else:
+            good = True
+            if args.command in (None, "train"):
+                good &= train(device, args, folder / "train.csv")
+            if args.command in (None, "sweep"):
+                good &= sweep(device, args, folder / "sweep.csv")
+    except DeviceLost as error:
+        print(error, file=sys.stderr)
+        return 3
     return 0 if good else 1
+
+
+def evidence(device: torch.device, args: argparse.Namespace, folder: Path) -> bool:
+    """Run all parts of the evidence, or one; whether all was right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.only is None:
+        return run_evidence(device, folder, args.minutes)
+    return run_part(args.only, device, folder, args.minutes)
 
 
 def train(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
@@ -40,7 +64,7 @@ def train(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
     settings = SETTINGS[device.type]
     settings = settings._replace(steps=args.steps or settings.steps, H=args.hidden or settings.H)
     good, sentence = verdict(run_training(device, args.train_dtype, settings, path))
-    draw(path)
+    tell(plot_csv(path))
     print(sentence)
     return good
 
@@ -51,8 +75,8 @@ def sweep(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
     chosen = [c for c in SETS[name]() if c.dtype in args.dtype and c.variant in args.variant]
     if not chosen:
         raise SystemExit(f"the set {name!r} has no such shapes")
-    good = run_sweep(chosen, device, path, seconds=args.seconds)
-    draw(path)
+    good = run_sweep(chosen, path, make_bench(device, args.seconds, path.with_name("floors.csv")))
+    tell(plot_csv(path))
     print(
         f"{len(chosen)} shapes of the set {name!r}: TriGRU was "
         + ("right in all of them." if good else "NOT ok in some: see the status column.")
@@ -60,9 +84,9 @@ def sweep(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
     return good
 
 
-def draw(path: Path, folder: Path | None = None) -> None:
-    """Draw a CSV file, beside it or in `folder`, and say where."""
-    for picture in plot_csv(path, folder):
+def tell(pictures: Iterable[Path]) -> None:
+    """Say what was drawn."""
+    for picture in pictures:
         print(f"wrote {picture}")
 
 
@@ -85,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(
         out=None, device="cuda" if torch.cuda.is_available() else "cpu", steps=None, hidden=None,
         train_dtype="fp32", set=None, dtype=list(DTYPES), variant=list(VARIANTS), seconds=0.3,
+        only=None, minutes=9.5, csv=[],
     )  # fmt: skip
     commands = top.add_subparsers(dest="command")
 
@@ -108,8 +133,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--variant", nargs="+", choices=VARIANTS, help="only these")
     sub.add_argument("--seconds", type=float, help="to time each shape and mode, about; 0.3")
 
+    sub = command("evidence", "check and measure a GPU within ten minutes: tests, floors, sweep")
+    add_device(sub)
+    sub.add_argument("--only", choices=PARTS, help="this part alone, in this process")
+    sub.add_argument("--minutes", type=float, help="for all, or for a sweep alone, about; 9.5")
+
     sub = command("plot", "draw CSV files again, beside them or in DIR")
-    sub.add_argument("csv", nargs="+", type=Path, metavar="CSV")
+    sub.add_argument(
+        "csv", nargs="*", type=Path, metavar="CSV", help="default: all of perf/results"
+    )
+
+    sub = command("compare", "what got faster or slower between two sweeps")
+    sub.add_argument("before", type=Path, metavar="A.csv")
+    sub.add_argument("after", type=Path, metavar="B.csv")
     return top
 
 

@@ -57,6 +57,31 @@ def clock_for(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
+def captured(call: Call) -> Call:
+    """The replay of a CUDA graph of the call: its work on the device with no Python in between.
+
+    Raises what the capture raises, RuntimeError for work that cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # restored also where the capture fails
+        call()  # what libraries set up for a stream at its first use
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    return graph.replay
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a failed kernel has left this process unable to use the device."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def interleave(
     calls: Mapping[str, Call], clock: Clock, seconds: float, least: int = 5, most: int = 200
 ) -> dict[str, list[float]]:
@@ -96,6 +121,12 @@ def uses_tf32(device: torch.device) -> bool:
     """Whether PyTorch computes the float32 products of recurrent layers in TF32 on this device."""
     rnn: Any = torch.backends.cudnn.rnn
     return device.type == "cuda" and rnn.fp32_precision == "tf32"
+
+
+def dtype_name(dtype: str, device: torch.device) -> str:
+    """What a case's dtype is called where it is measured: "tf32" for the products of "fp32" there,
+    unless PyTorch is told otherwise."""
+    return "tf32" if dtype == "fp32" and uses_tf32(device) else dtype
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -167,10 +198,13 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the sources, with a + if they have been changed since; empty without git."""
+    """The commit of the sources, with a + if they have been changed since; in a copy without git,
+    what the environment's TRIGRU_COMMIT says."""
     root = str(Path(trigru.__file__).parent)
     commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
-    return commit + "+" * bool(commit and _output("git", "-C", root, "status", "--porcelain", "."))
+    if not commit:
+        return os.environ.get("TRIGRU_COMMIT", "")
+    return commit + "+" * bool(_output("git", "-C", root, "status", "--porcelain", "."))
 
 
 def _output(*command: str) -> str:

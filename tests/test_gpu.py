@@ -1,12 +1,16 @@
 """The kernels on a real device: numbers by the tolerance rule, with cuDNN as the yardstick."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from numerics import assert_within_rule
 from torch import nn
 
+from perf.ahead import compile_ahead
+from perf.measure import is_lost
+from perf.shapes import Case
 from trigru import TriGRU, forward, gru, launch, ops
 from trigru.accuracy import (
     differentiate,
@@ -25,7 +29,8 @@ pytestmark = [
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
-DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+NAMES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
+DTYPES = pytest.mark.parametrize("dtype", NAMES.values(), ids=NAMES)
 SHAPES = [  # T, B, D, H
     (1, 1, 1, 1),
     (33, 20, 2, 64),
@@ -40,10 +45,22 @@ SHAPES = [  # T, B, D, H
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_on_all_cores():
+    compile_ahead(
+        [
+            Case("textbook" if textbook else "torch", dtype, T, B, I=H, H=H, directions=D)
+            for textbook, dtype, (T, B, D, H) in product((False, True), NAMES, SHAPES)
+        ],
+        torch.device(DEVICE),
+    )
+
+
 @pytest.fixture(autouse=True)
-def _no_wait_gave_up():
+def _no_wait_gave_up(request):
     yield
-    torch.cuda.synchronize()
+    if is_lost(torch.device(DEVICE)):
+        pytest.exit(f"the device failed in {request.node.name}, and with it all that would follow")
     launch.raise_if_failed(torch.device(DEVICE, torch.cuda.current_device()))
 
 

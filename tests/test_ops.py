@@ -411,6 +411,7 @@ def test_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch, trigru
+        import perf.__main__
         y, h_n = trigru.TriGRU(3, 4, variant="textbook")(torch.randn(2, 3, 3))
         assert y.shape == (2, 3, 4)
         device = torch.device("cuda", 0)

@@ -3,19 +3,34 @@ Nothing here depends on how long anything takes."""
 
 import csv
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import perf.sweep
 from perf import __main__ as command
-from perf import train
-from perf.measure import append_row, interleave, percentiles
-from perf.plot import plot_csv
-from perf.providers import Provider, build_torch, build_trigru, builders, textbook_loop
-from perf.shapes import SETS, VARIANTS, Case
-from perf.sweep import run_sweep
+from perf import measure, providers, train
+from perf.measure import append_row, facts, interleave, percentiles
+from perf.problem import exact_results, make_call, make_problem
+from perf.providers import (
+    NoKernel,
+    Provider,
+    build_compiled,
+    build_eager,
+    build_flashrnn,
+    build_torch,
+    build_torchrl,
+    build_trigru,
+    builders,
+    textbook_cell,
+)
+from perf.shapes import COARSE, SETS, VARIANTS, Case, measured_by_all
+from perf.sweep import Bench, DeviceLost, not_measured, run_sweep
 from trigru import TriGRU
+from trigru.accuracy import relative_error
 
 CPU = torch.device("cpu")
 TORCH = Case("torch", "fp32", T=5, B=3, I=4, H=6)
@@ -54,14 +69,14 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def sweep(path, cases, build=None, clock=None):
+def sweep(path, cases, build=None, clock=None, **more):
     """The rows of a sweep, whose providers can be replaced by name; and whether TriGRU was ok."""
 
-    def builders_of(variant, device):
-        return builders(variant, device) | (build or {})
+    def builders_of(case, device):
+        return builders(case, device) | (build or {})
 
-    clock = clock or FakeClock()
-    good = run_sweep(cases, CPU, path, seconds=0, clock=clock, builders_of=builders_of)
+    bench = Bench(CPU, 0, clock or FakeClock(), None, builders_of)._replace(**more)
+    good = run_sweep(cases, path, bench)
     return read(path), good
 
 
@@ -115,6 +130,17 @@ def test_rows_are_appended_and_strange_columns_refused(tmp_path):
     with pytest.raises(ValueError, match="columns"):
         append_row(path, ("a", "c"), {"a": 1, "c": 2})
     assert len(read(path)) == 2
+
+
+def test_the_commit_of_a_copy_without_git(monkeypatch):
+    monkeypatch.setenv("TRIGRU_COMMIT", "from the environment")
+    answers = {"rev-parse": "0123456789ab", "status": " M forward.py"}
+    monkeypatch.setattr(measure, "_output", lambda *command: answers[command[3]])
+    assert facts(CPU)["commit"] == "0123456789ab+"
+    answers["status"] = ""
+    assert facts(CPU)["commit"] == "0123456789ab"
+    answers["rev-parse"] = ""
+    assert facts(CPU)["commit"] == "from the environment"
 
 
 # Sweep
@@ -230,27 +256,194 @@ def test_a_killed_sweep_keeps_its_rows(tmp_path):
     assert [r["B"] for r in read(path)] == ["3"] * 4
 
 
-def test_the_eager_loop_is_the_textbook_equation():
-    x, h0 = torch.randn(1, 2, 3).double(), torch.randn(1, 2, 4).double()
-    w_ih, w_hh, b = torch.randn(12, 3).double(), torch.randn(12, 4).double(), torch.randn(12)
-    W_r, W_z, W_n = w_ih.split(4)
+def test_without_a_kernel_nothing_is_wrong(tmp_path):
+    def build(case, weights, training):
+        raise NoKernel("too large")
+
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH], {"trigru": build})
+    assert good
+    assert [r["status"] for r in rows if r["provider"] == "trigru"] == ["no kernel: too large"] * 2
+
+
+def test_what_is_captured_is_timed(tmp_path):
+    """On a GPU the graph of a call is timed in its place, if there can be one."""
+    replayed = []
+
+    def capture(call):
+        if len(call()) > 2:
+            raise RuntimeError("no capture of gradients")
+        return lambda: replayed.append(call)
+
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH], capture=capture)
+    assert good and all(r["p50_us"] for r in rows)
+    assert [r["status"] for r in rows] == ["ok"] * 2 + [
+        "ok: no graph: RuntimeError: no capture of gradients"
+    ] * 2
+    assert len(replayed) == 2 * (3 + 5) and len(set(replayed)) == 2
+
+
+def test_floors_are_those_of_the_case_and_the_mode(tmp_path):
+    def floor(case, mode):
+        return 10.00049 * case.B if mode == "forward" else None
+
+    rows, _ = sweep(tmp_path / "sweep.csv", [TORCH], floor=floor)
+    assert [r["floor_us"] for r in rows] == ["30.001", "30.001", "", ""]
+
+
+def test_a_sweep_goes_on_where_its_file_ends(tmp_path):
+    path, cases = tmp_path / "sweep.csv", [TORCH, TEXTBOOK, TORCH._replace(layers=2)]
+    assert not_measured(cases, path, CPU) == cases
+    sweep(path, cases[:2])
+    assert not_measured(cases, path, CPU) == cases[2:]
+    assert not_measured([*cases, TORCH._replace(dtype="bf16")], path, CPU)[1:]
+    other_kernels = path.read_text().replace(facts(CPU)["kernel_hash"], "0123456789ab")
+    path.write_text(other_kernels)
+    assert not_measured(cases, path, CPU) == cases
+
+
+def test_a_sweep_stops_in_time_between_two_shapes(tmp_path, capsys):
+    times = iter([False, False, True])
+    path, cases = tmp_path / "sweep.csv", [TORCH, TEXTBOOK, TORCH._replace(B=2)]
+    bench = Bench(CPU, 0, FakeClock(), None)
+    assert run_sweep(cases, path, bench, until=lambda: next(times))
+    assert [r["variant"] for r in read(path)] == ["torch"] * 4 + ["textbook"] * 4
+    assert "out of time: 1 of 3 shapes not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost, measured", [(True, 1), (False, 2)])
+def test_a_lost_device_ends_the_process_after_the_shape(tmp_path, monkeypatch, lost, measured):
+    path, cases = tmp_path / "sweep.csv", [TORCH, TEXTBOOK]
+    monkeypatch.setattr(perf.sweep, "is_lost", lambda device: lost)
+    bench = Bench(CPU, 0, FakeClock(), None)
+    if lost:
+        with pytest.raises(DeviceLost, match="variant='torch'"):
+            run_sweep(cases, path, bench)
+    else:
+        run_sweep(cases, path, bench)
+    assert len(read(path)) == 4 * measured
+
+
+# Providers
+
+
+def test_the_textbook_cell_is_the_textbook_equation():
+    gx, h, w_hh = torch.randn(2, 12), torch.randn(2, 4), torch.randn(12, 4)
+    gx_r, gx_z, gx_n = gx.split(4, dim=1)
     U_r, U_z, U_n = w_hh.split(4)
-    b_r, b_z, b_n = b.double().split(4)
-    h = h0[0]
-    r = torch.sigmoid(x[0] @ W_r.T + h @ U_r.T + b_r)
-    z = torch.sigmoid(x[0] @ W_z.T + h @ U_z.T + b_z)
-    n = torch.tanh(x[0] @ W_n.T + (r * h) @ U_n.T + b_n)
-    y, h_n = textbook_loop(x, h0, w_ih, w_hh, b.double())
-    torch.testing.assert_close(y[0], (1 - z) * h + z * n)
-    assert torch.equal(h_n, y)
+    r = torch.sigmoid(gx_r + h @ U_r.T)
+    z = torch.sigmoid(gx_z + h @ U_z.T)
+    n = torch.tanh(gx_n + (r * h) @ U_n.T)
+    torch.testing.assert_close(textbook_cell(gx, h, w_hh), (1 - z) * h + z * n)
+
+
+@pytest.mark.parametrize("layers, directions", [(1, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loops_are_the_layers(variant, layers, directions):
+    """nn.GRU and the loop agree, and so do the loop and TriGRU: layers, directions, gradients."""
+    case = TORCH._replace(variant=variant, layers=layers, directions=directions)
+    problem = make_problem(case, CPU)
+    exact = exact_results(case, problem)
+    for build in (build_eager, build_trigru, *[build_torch] * (variant == "torch")):
+        results = make_call(build(case, problem.weights, True), problem, "training")()
+        for (name, value), result in zip(exact.items(), results, strict=True):
+            assert relative_error(result, value) < 1e-5, (build, name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiled_loop_is_the_eager_one(variant, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled.append(dynamic) or f)
+    case = TORCH._replace(variant=variant)
+    problem = make_problem(case, CPU)
+    eager, fused = (
+        make_call(build(case, problem.weights, True), problem, "training")()
+        for build in (build_eager, build_compiled)
+    )
+    assert compiled == [False] and all(map(torch.equal, eager, fused))
+
+
+def stand_in(monkeypatch, name, **names):
+    """A module in the place of one that may not be installed."""
+    module = types.ModuleType(name)
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def assert_is_nn_gru(build):
+    problem = make_problem(TORCH, CPU)
+    exact = exact_results(TORCH, problem)
+    results = make_call(build(TORCH, problem.weights, True), problem, "training")()
+    for (name, value), result in zip(exact.items(), results, strict=True):
+        assert relative_error(result, value) < 1e-5, name
+
+
+def test_flashrnn_gets_its_gates_in_its_order(monkeypatch):
+    """With a loop in its place, written from its documentation: Wx holds r, z, n; R n, r, z; b the
+    n of the recurrent product, r, z, and the n of the input's."""
+
+    def flashrnn(Wx, R, b, states, config):
+        h, y = states[0, 0], []  # (B, heads, H)
+        for gx in Wx:  # (B, 3, heads, H)
+            gh_n, gh_r, gh_z = (torch.einsum("bnk,nhk->bnh", h, gate) for gate in R)
+            r = torch.sigmoid(gx[:, 0] + gh_r + b[1])
+            z = torch.sigmoid(gx[:, 1] + gh_z + b[2])
+            n = torch.tanh(gx[:, 2] + b[3] + r * (gh_n + b[0]))
+            h = (1 - z) * n + z * h
+            y.append(h)
+        return torch.stack(y)[None], h[None, None]
+
+    stand_in(monkeypatch, "flashrnn", flashrnn=flashrnn, FlashRNNConfig=dict)
+    assert_is_nn_gru(build_flashrnn)
+
+
+def test_torchrl_gets_batches_first_in_float32(monkeypatch):
+    def gru_triton(x, hidden, w_ih, w_hh, b_ih, b_hh, is_init, compute_dtype, input_precision):
+        assert x.dtype == hidden.dtype == torch.float32 == compute_dtype and not is_init.any()
+        assert hidden.shape == (3, 5, 6) and is_init.shape == (3, 5) and x.is_contiguous()
+        h0, flags = hidden[:, 0][None], (True, 1, 0.0, True, False, True)
+        y, h_n = torch.gru(x, h0, (w_ih, w_hh, b_ih, b_hh), *flags)
+        return y, h_n[0]
+
+    tuned = types.SimpleNamespace(cache={"for another batch size": None})
+    stand_in(monkeypatch, "torchrl")
+    stand_in(monkeypatch, "torchrl.modules")
+    kernels = types.SimpleNamespace(
+        gru_triton=gru_triton, _gru_fwd_kernel=tuned, _gru_bwd_kernel=tuned
+    )
+    stand_in(monkeypatch, "torchrl.modules.tensordict_module", _rnn_triton=kernels)
+    assert_is_nn_gru(build_torchrl)
+    assert not tuned.cache
+    with pytest.raises(RuntimeError, match="beyond 256"):
+        build_torchrl(TORCH._replace(H=257), {}, True)
+
+
+def test_the_yardstick_comes_first(monkeypatch):
+    monkeypatch.setattr(providers, "find_spec", lambda name: name == "torchrl" or None)
+    many = TORCH._replace(dtype="bf16", T=512, B=64, H=256)
+    for case, device, names in (
+        (TORCH, CPU, "aten trigru"),
+        (TORCH, torch.device("cuda"), "cudnn trigru"),
+        (TEXTBOOK, CPU, "eager trigru"),
+        (many, torch.device("cuda"), "cudnn trigru eager compiled torchrl"),
+        (many._replace(variant="textbook"), CPU, "eager trigru compiled"),
+    ):
+        assert " ".join(builders(case, device)) == names
 
 
 def test_the_sets_have_what_they_promise():
     smoke, core = (list(SETS[name]()) for name in ("smoke", "core"))
     assert {c.dtype for c in smoke} == {"fp32"} and max(c.T for c in smoke) <= 64
-    assert len(core) == len(set(core)) == 2 * 3 * 8 * 7
-    assert {(c.T, c.layers, c.directions) for c in core} == {(512, 1, 1)}
-    assert all(c.I == c.H for c in core)
+    assert all(c.I == c.H for c in core) and len(core) == len(set(core))
+    deep = [c for c in core if (c.layers, c.directions) != (1, 1)]
+    other_T = [c for c in core if c.T != 512]
+    assert len(core) - len(deep) - len(other_T) == 2 * 3 * 8 * 7
+    assert len(other_T) == 2 * 3 * 3 * 7 and {c.H for c in other_T} == {512}
+    assert len(deep) == 2 * 3 * 3 * 3 * 2
+    assert sum(map(measured_by_all, core)) == 8
+    # What a sweep that is cut off early has: nn.GRU's equation in bfloat16, all sizes, coarsely.
+    first = [(c.variant, c.dtype) for c in core[:62]]
+    assert set(first) == {("torch", "bf16")}
+    assert {(c.H, c.B) for c in core[:62]} >= {(H, B) for H in (64, 2048) for B in COARSE}
 
 
 # Training
@@ -354,42 +547,6 @@ def test_streams_are_the_text_in_pieces():
     assert train.streams(b"abcdefg", 2, CPU).T.tolist() == [list(b"abc"), list(b"def")]
 
 
-# Plots
-
-
-def pictures(folder):
-    return sorted(p.name for p in folder.glob("*.png") if p.read_bytes()[:4] == b"\x89PNG")
-
-
-def test_pictures_are_drawn_from_the_csv_alone(tiny, tmp_path):
-    data, drawn = tmp_path / "data", tmp_path / "drawn"
-    tiny(data)
-    sweep(data / "sweep.csv", [TORCH, TORCH._replace(H=8)])
-    assert pictures(data) == ["train.png"]
-    csvs = [str(data / "train.csv"), str(data / "sweep.csv")]
-    assert command.main(["plot", *csvs, "--out", str(drawn)]) == 0
-    assert pictures(drawn) == [
-        "sweep-speedup-torch-forward.png",
-        "sweep-speedup-torch-training.png",
-        "sweep-time-torch-forward.png",
-        "sweep-time-torch-training.png",
-        "train.png",
-    ]
-
-
-def test_a_sweep_with_failures_is_drawn(tmp_path):
-    path = tmp_path / "sweep.csv"
-    sweep(path, [TORCH, TORCH._replace(B=1)], {"trigru": changed(lambda y: 2 * y)})
-    assert len(plot_csv(path)) == len(pictures(tmp_path)) == 4
-
-
-def test_other_csv_files_are_refused(tmp_path):
-    path = tmp_path / "other.csv"
-    append_row(path, ("a",), {"a": 1})
-    with pytest.raises(ValueError, match="neither"):
-        plot_csv(path)
-
-
 # The command line
 
 
@@ -410,7 +567,7 @@ def test_sweep_command_measures_the_chosen_shapes(monkeypatch, tmp_path, capsys)
     assert command.main([*arguments, "--variant", "textbook"]) == 0
     assert "right in all" in capsys.readouterr().out
     assert {r["variant"] for r in read(tmp_path / "sweep.csv")} == {"textbook"}
-    assert len(pictures(tmp_path)) == 4
+    assert len(list(tmp_path.glob("sweep-*.png"))) == 3
     with pytest.raises(SystemExit, match="no such shapes"):
         command.main([*arguments, "--dtype", "bf16"])
 

@@ -1,0 +1,156 @@
+"""README's account of the evidence, written from the files in perf/results alone."""
+
+import re
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .measure import kernel_hash
+from .plot import Row, read_csv
+from .plot_sweep import (
+    DTYPES,
+    NAMES,
+    Speedups,
+    group,
+    label,
+    latest,
+    plain,
+    ratios,
+    speedups,
+    summary,
+    timed,
+    times,
+    yardstick,
+)
+from .shapes import MODES, VARIANTS
+
+START, END = "<!-- evidence -->", "<!-- /evidence -->"
+NOT_YET = """\
+**Status: not yet run on a GPU.** The kernels give right numbers in Triton's interpreter, every
+program of a launch in a process of its own, and compile for sm_80, sm_86, sm_90, sm_100 and sm_120
+(without spills for the shapes listed in `tests/test_compile.py`). What no GPU has confirmed yet:
+every statement about speed and memory, the bfloat16 and TF32 numbers, the bounded waits, CUDA
+graphs, and the choice between plans, which comes from a rough model. `python -m perf evidence` runs
+what there is to see on a GPU in one go."""
+ELSEWHERE = """\
+On other GPUs no kernel has run yet; they compile for sm_80, sm_86, sm_90, sm_100 and sm_120
+(without spills for the shapes listed in `tests/test_compile.py`). `python -m perf evidence`
+measured this, and `python -m perf plot` wrote it here and drew all pictures in `perf/results`."""
+PICTURES = {
+    "sweep-throughput-torch.png": "Throughput over H; rings: TriGRU is slower",
+    "sweep-time-torch.png": "Time per step over H; dotted: what no kernel can be faster than",
+}
+
+
+def update(readme: Path, results: Path) -> bool:
+    """Put the block of `results` between README's markers; whether that changed anything."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    new = f"{before}{START}\n{block(results)}\n{END}{after}"
+    if new == text:
+        return False
+    readme.write_text(new, encoding="utf-8")
+    return True
+
+
+def block(results: Path) -> str:
+    """A paragraph for each GPU; tables and pictures of the one with the most measurements."""
+    runs = [
+        (path.parent, rows)
+        for path in sorted(results.glob("*/sweep.csv"))
+        for rows in group(latest(read_csv(path)[1]), "device").values()
+        if rows[0]["sm"]  # a GPU's
+    ]
+    if not runs:
+        return NOT_YET
+    paragraphs = [status(rows, folder / "tests.txt") for folder, rows in runs]
+    folder, rows = max(runs, key=lambda run: len(run[1]))
+    for variant in VARIANTS:
+        paragraphs += table([r for r in rows if r["variant"] == variant])
+    shown = {name: says for name, says in PICTURES.items() if (folder / name).exists()}
+    if shown:
+        links = [f"![{says}](perf/results/{folder.name}/{name})" for name, says in shown.items()]
+        paragraphs.append(
+            "\n".join([_line(shown.values()), _line(["---"] * len(shown)), _line(links)])
+        )
+    return "\n\n".join([*paragraphs, ELSEWHERE])
+
+
+def status(rows: Sequence[Row], tests: Path) -> str:
+    """Where it was measured, with which kernels, and how much of it was right."""
+    ours = [r for r in rows if r["provider"] == "trigru"]
+    present = {r["kernel_hash"] == kernel_hash() for r in ours}
+    kernels = "the present kernels" if present == {True} else "an earlier version of the kernels"
+    how = Counter(map(label, ours))
+    others = ", ".join(f"{count} {word}" for word, count in how.items() if word != "ok")
+    return (
+        f"**Status: measured on {rows[0]['device']}** ({max(r['date'] for r in rows)[:10]}), "
+        f"{'partly ' * (len(present) > 1)}with {kernels}. {test_results(tests)} "
+        f"The sweep has {len(ours)} measurements of TriGRU, a shape in one mode each: right in "
+        f"{how['ok']}{f' ({others})' * bool(others)}."
+    )
+
+
+def test_results(path: Path) -> str:
+    """A sentence on what pytest says in its last line."""
+    if not path.exists():
+        return "There is no record of the GPU tests."
+    text = path.read_text(encoding="utf-8")
+    lines = re.findall(r"^[= ]*(\d+ \w+(?:, \d+ \w+)*) in \d", text, re.M)
+    parts = lines[-1].split(", ") if lines else []
+    counts = [part for part in parts if not re.search("deselected|warning", part)]
+    if not counts:
+        return "**The GPU tests did not finish.**"
+    said = f"GPU tests: {', '.join(counts)}."
+    return f"**{said}**" if re.search("failed|error", said) else said
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The speed-ups of a variant by H and B, in the first dtype that was measured, and what they
+    come to; nothing if there are none."""
+    rows = plain(rows)
+    dtype = next((dtype for dtype in DTYPES if any(r["dtype"] == dtype for r in rows)), None)
+    rows = [r for r in rows if r["dtype"] == dtype]
+    two = [r for r in rows if timed(r) and r["provider"] in ("trigru", yardstick(rows))]
+    speeds = {mode: speedups([r for r in rows if r["mode"] == mode]) for mode in MODES}
+    if not any(speeds.values()):
+        return []
+    hidden, batches = (sorted({shape[i] for by in speeds.values() for shape in by}) for i in (0, 1))
+    first = rows[0]
+    head = (
+        f"Speed relative to {NAMES[yardstick(rows)]}: {first['variant']} variant, {dtype}, "
+        f"T = {first['T']:.0f}, forward / training, bold where TriGRU is slower."
+    )
+    lines = [_line(["H \\ B", *(f"{B:.0f}" for B in batches)]), _line(["---"] * (1 + len(batches)))]
+    for H in hidden:
+        cells = (" / ".join(_cell(speeds[mode].get((H, B))) for mode in MODES) for B in batches)
+        lines.append(_line([f"{H:.0f}", *cells]))
+    said = [f"{mode.capitalize()}: {account(by)}." for mode, by in speeds.items() if ratios(by)]
+    remarks = [r["status"].removeprefix("ok: ") for r in two if r["status"].startswith("ok: ")]
+    if remarks:
+        example = textwrap.shorten(remarks[0], 100)
+        said.append(f"{len(remarks)} of {len(two)} times have a remark: “{example}”.")
+    return [head, "\n".join(lines), " ".join(said)]
+
+
+def account(speeds: Speedups) -> str:
+    """All speed-ups in a few words."""
+    values = ratios(speeds)
+    worst = min(values, key=lambda shape: values[shape])
+    return (
+        f"geometric mean {times(statistics.geometric_mean(values.values()))}, {summary(speeds)}, "
+        f"the worst {times(values[worst])} at H = {worst[0]:.0f}, B = {worst[1]:.0f}"
+    )
+
+
+def _cell(speed: float | str | None) -> str:
+    if speed is None or isinstance(speed, str):
+        return speed or "–"
+    return f"**{times(speed)}**" if speed < 1 else times(speed)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,332 @@
+"""The parts of the evidence that a CPU can run, and how they are run one after another."""
+
+import csv
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from compiling import TARGETS
+from triton.backends.compiler import GPUTarget
+
+from perf import __main__ as command
+from perf import accuracy, ahead, evidence, kernels
+from perf.providers import Provider, build_torch, build_trigru
+from perf.shapes import Case, core, long_and_short, profiled
+from perf.sweep import DeviceLost
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASE = Case("torch", "fp32", T=5, B=3, I=4, H=6)
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# Compiling ahead
+
+
+@pytest.fixture
+def sm_90(monkeypatch, tmp_path):
+    """Triton compiles for a device that is not there, into a cache of the test's own."""
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    for module, name in (
+        (ahead.forward, "_gru_forward_kernel"),
+        (ahead.backward, "_gru_backward_kernel"),
+        (ahead.floor_kernels, "_exchange_kernel"),
+    ):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, kernel)  # put back after the test
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    ahead._compile_only()
+
+
+@pytest.mark.parametrize("variant", ["torch", "textbook"])
+def test_what_is_compiled_ahead_is_what_is_launched(sm_90, tmp_path, variant):
+    """Launches of other lengths and batches, in a process that has compiled nothing yet, find
+    everything in the cache."""
+    case = Case(variant, "bf16", T=512, B=64, I=256, H=256)
+    found = list(ahead.kernels_of([case], TARGETS[90]))
+    assert [(k.backward, k.save) for k in found] == [(False, False), (False, True), (True, False)]
+    for kernel in found:
+        ahead.compile_kernel(kernel, CPU)
+    compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+    assert compiled == {"_gru_forward_kernel", "_gru_backward_kernel"}
+    for module in (ahead.forward._gru_forward_kernel, ahead.backward._gru_backward_kernel):
+        module.kernel.device_caches.clear()
+    for kernel in found:
+        ahead.compile_kernel(kernel, CPU, T=7, B=33)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+
+
+def test_what_measures_floors_is_compiled_ahead(sm_90, tmp_path):
+    case = Case("torch", "bf16", T=512, B=64, I=256, H=256)
+    found = ahead.exchange_kernels([case, case._replace(T=7, B=49)], TARGETS[90])
+    assert [barrier for _, barrier in found] == [False, True, False]  # backward has three slices
+    for exchange, plan in found.items():
+        ahead.compile_exchange(exchange, plan, CPU)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+    ahead.floor_kernels._exchange_kernel.kernel.device_caches.clear()
+    for exchange, plan in ahead.exchanges([case], TARGETS[90]).items():
+        row = exchange.slices * exchange.H_pad
+        y = torch.empty(9, exchange.groups, exchange.rows, row, dtype=torch.bfloat16)
+        counts = torch.empty(exchange.groups, 32, dtype=torch.int32)
+        ahead.floor_kernels.exchange_alone(y, counts, exchange, plan, False)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 3
+
+
+def test_kernels_of_all_shapes():
+    found = list(ahead.kernels_of(core(), TARGETS[90]))
+    assert {k.plan.H for k in found if k.dtype == "fp32"} == {64, 128, 256, 512, 768, 1024}
+    assert {k.plan.H for k in found if k.dtype == "bf16"} == {c.H for c in core()}
+    assert {k.plan.D for k in found} == {1, 2}
+    assert {(k.textbook, k.backward, k.save) for k in found} == {
+        (textbook, *kernel)
+        for textbook in (False, True)
+        for kernel in ((False, False), (False, True), (True, False))
+    }
+
+
+def test_nothing_is_compiled_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(ahead, "device_limits", lambda device: pytest.fail("asked for a device"))
+    ahead.compile_ahead([CASE], CPU)
+
+
+# Accuracy and kernels
+
+
+def test_accuracy_of_every_result(tmp_path):
+    path = tmp_path / "accuracy.csv"
+    cases = [CASE, CASE._replace(variant="textbook", T=9)]
+    assert accuracy.run_accuracy(cases, CPU, path)
+    rows = read(path)
+    results = ["y", "h_n", "dx", "dh0", "dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0"]
+    assert [r["result"] for r in rows] == 2 * [*results, "dbias_hh_l0"] + 2 * results
+    assert [r["provider"] for r in rows[::8][:2]] == ["aten", "trigru"]
+    assert {(r["variant"], r["T"]) for r in rows} == {("torch", "5"), ("textbook", "9")}
+    for row in rows:
+        assert 0 <= float(row["rel_err"]) <= float(row["allowed"]) < 1e-5
+
+
+@pytest.mark.parametrize("result", ["y", "dx"])
+def test_an_error_beyond_the_rule_is_reported(tmp_path, result):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y * (1 + 1e-5) if result == "y" else y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy if result == "y" else dy * (1 + 1e-5)
+
+    def build(case, weights, training):
+        layer, parameters = build_trigru(case, weights, training)
+
+        def changed(x, h0):
+            y, h_n = layer(x, h0)
+            return Scaled.apply(y), h_n
+
+        return Provider(changed, parameters)
+
+    path = tmp_path / "accuracy.csv"
+    providers = {"aten": build_torch, "trigru": build}
+    assert not accuracy.run_accuracy([CASE], CPU, path, lambda *_: providers)
+    over = [r for r in read(path) if float(r["rel_err"]) > float(r["allowed"])]
+    assert result in {r["result"] for r in over} and {r["provider"] for r in over} == {"trigru"}
+
+
+def test_kernels_that_each_provider_runs(tmp_path):
+    path = tmp_path / "kernels.csv"
+    kernels.run_kernels([CASE], CPU, path)
+    rows = read(path)
+    launched = {}
+    for row in rows:
+        launched.setdefault((row["mode"], row["provider"]), set()).add(row["kernel"])
+        assert int(row["launches"]) >= 1 and float(row["us"]) >= 0
+    assert list(launched) == [
+        (mode, provider) for mode in ("forward", "training") for provider in ("aten", "trigru")
+    ]
+    for (mode, _), names in launched.items():
+        assert "aten::gru" in names
+        assert any("Backward" in name for name in names) == (mode == "training")
+
+
+def test_shapes_of_the_smaller_parts():
+    cases = list(long_and_short(True))
+    assert {c.T for c in cases} == {64, 512, 2048} and {c.dtype for c in cases} == set(
+        ("bf16", "fp16", "fp32")
+    )
+    assert {c.H for c in profiled()} >= {128, 256}  # where cuDNN's persistent kernels end
+    assert max(c.T * c.H for c in long_and_short(False)) <= 2**15
+
+
+# All parts
+
+
+class Machine:
+    """Runs no commands, but notes them and their limits; each takes its time of a fake clock."""
+
+    def __init__(self, seconds=None, codes=None, grows=True):
+        self.seconds, self.codes, self.grows = seconds or {}, codes or {}, grows
+        self.now, self.ran = 1000.0, []
+
+    def clock(self):
+        return self.now
+
+    def run(self, command, limit):
+        part = command[command.index("--only") + 1]
+        self.ran.append((part, limit, command))
+        self.now += min(self.seconds.get(part, 1), limit)
+        folder = Path(command[command.index("--out") + 1])
+        if self.grows:
+            with (folder / f"{part}.csv").open("a") as file:
+                file.write("row\n")
+        codes = self.codes.get(part, [0])
+        return codes.pop(0) if len(codes) > 1 else codes[0]
+
+
+def run_all(machine, folder, device=CUDA, minutes=9.5):
+    good = evidence.run_evidence(device, folder, minutes, machine.run, machine.clock)
+    return good, [part for part, *_ in machine.ran]
+
+
+def test_all_parts_run_in_order(tmp_path, capsys):
+    machine = Machine()
+    assert run_all(machine, tmp_path / "new") == (True, list(evidence.PARTS))
+    said = capsys.readouterr().out
+    for part, _, command_line in machine.ran:
+        assert command_line[:5] == [sys.executable, "-m", "perf", "evidence", "--only"]
+        assert said.count(f"{part}: exit code 0 after 1 s\n") == 2  # at once, and all at the end
+    assert run_all(Machine(), tmp_path, CPU)[1] == ["tests", "sweep", "kernels", "accuracy"]
+
+
+def test_the_sweep_has_the_time_that_the_others_leave(tmp_path):
+    for seconds, left in (({"tests": 100, "floors": 50}, 570 - 151), ({}, 570 - 3)):
+        machine = Machine(seconds)
+        run_all(machine, tmp_path)
+        (sweep,) = [(limit, c) for part, limit, c in machine.ran if part == "sweep"]
+        minutes = float(sweep[1][sweep[1].index("--minutes") + 1])
+        assert 60 * minutes == pytest.approx(left - 120 - 30, abs=1)
+        assert sweep[0] == pytest.approx(left - 120, abs=1)
+
+
+@pytest.mark.parametrize("minutes", [9.5, 2])
+def test_parts_that_hang_are_cut_off_in_time(tmp_path, minutes):
+    machine = Machine({part: 1e9 for part in evidence.PARTS}, {"tests": [124]})
+    good, ran = run_all(machine, tmp_path, minutes=minutes)
+    assert not good and ran == list(evidence.PARTS)
+    assert machine.now - 1000 <= 60 * minutes + evidence.GRACE + 5
+
+
+def test_a_part_that_fails_costs_the_others_nothing(tmp_path):
+    for part in evidence.PARTS:
+        good, ran = run_all(Machine(codes={part: [1]}), tmp_path)
+        assert not good and ran == list(evidence.PARTS)
+
+
+def test_a_sweep_that_lost_its_device_goes_on_in_a_new_process(tmp_path):
+    good, ran = run_all(Machine(codes={"sweep": [3, 3, 0]}), tmp_path)
+    assert good and ran.count("sweep") == 3
+    # Unless it gets nowhere, or the time is over.
+    good, ran = run_all(Machine(codes={"sweep": [3]}, grows=False), tmp_path)
+    assert not good and ran.count("sweep") == 1
+    good, ran = run_all(Machine({"sweep": 150}, {"sweep": [3]}), tmp_path)
+    assert not good and 1 < ran.count("sweep") < 5
+
+
+def test_a_command_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
+    assert evidence.limited([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+    started = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"""if True:
+        import subprocess, sys, time
+        with open({str(tmp_path / "pid")!r}, "w") as file:
+            subprocess.run([sys.executable, "-c", {started!r}], stdout=file)
+    """
+    begin = time.monotonic()
+    assert evidence.limited([sys.executable, "-c", code], 3) == 124
+    pid = int((tmp_path / "pid").read_text())
+    while time.monotonic() < begin + 30:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            break
+        if state == "Z":  # dead, though nobody has asked for its exit code
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("what it started still runs")
+
+
+def test_the_command_line_runs_all_or_one_part(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(command, "run_evidence", lambda *a: ran.append(a) or True)
+    monkeypatch.setattr(command, "run_part", lambda *a: ran.append(a) or a[0] == "tests")
+    arguments = ["evidence", "--device", "cpu", "--out", str(tmp_path / "new")]
+    assert command.main([*arguments, "--minutes", "2"]) == 0
+    assert command.main([*arguments, "--only", "tests"]) == 0
+    assert command.main([*arguments, "--only", "sweep", "--minutes", "1"]) == 1
+    folder = tmp_path / "new"
+    assert folder.is_dir()
+    assert ran == [(CPU, folder, 2), ("tests", CPU, folder, 9.5), ("sweep", CPU, folder, 1)]
+
+    def lost(*_):
+        raise DeviceLost("gone")
+
+    monkeypatch.setattr(command, "run_part", lost)
+    assert command.main([*arguments, "--only", "sweep"]) == 3
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(evidence.SETS, "smoke", lambda: [CASE, CASE._replace(B=2)])
+    monkeypatch.setattr(evidence, "long_and_short", lambda on_cuda: [CASE])
+
+
+@pytest.mark.parametrize("part", ["sweep", "kernels", "accuracy"])
+def test_each_part_alone_writes_its_file(tiny, tmp_path, part):
+    assert evidence.run_part(part, CPU, tmp_path, minutes=1)
+    (written,) = tmp_path.iterdir()
+    assert written.name == f"{part}.csv"
+    rows = len(read(written))
+    if part == "sweep":
+        assert rows == 2 * 4
+        assert evidence.run_part(part, CPU, tmp_path, minutes=1)
+        assert len(read(written)) == rows  # there was nothing left
+
+
+def test_a_sweep_without_time_measures_nothing(tiny, tmp_path):
+    assert evidence.run_part("sweep", CPU, tmp_path, minutes=-1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("outcome", ["passed", "failed"])
+def test_what_pytest_says_is_kept(tmp_path, monkeypatch, capsys, outcome):
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        f"def test_a(): assert {outcome == 'passed'}\n"
+        "def test_not_for_a_gpu(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    assert evidence.run_tests(tmp_path / "tests.txt") == (outcome == "passed")
+    said = (tmp_path / "tests.txt").read_text()
+    assert f"1 {outcome}, 1 deselected in" in said.splitlines()[-1]
+    assert said == capsys.readouterr().out

@@ -1,0 +1,625 @@
+"""Floors: the numbers from a file, and the kernels that measure what a step costs at least."""
+
+import csv
+import math
+import re
+import subprocess
+import tempfile
+from contextlib import nullcontext
+from itertools import count, repeat
+
+import interpreted_floors
+import pytest
+import torch
+import triton
+from compiling import ELEMENT, TARGETS, TOOLS
+from interpreted import make_plan
+from test_exchange import COMPUTE, STATEMENT
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from perf import floor_kernels, floors
+from perf.floor_kernels import run_floors
+from perf.floors import COLUMNS, Exchange, Floors
+from perf.measure import FACTS, append_row
+from perf.shapes import SETS, Case
+from trigru import launch
+from trigru.plan import NoPlan, plan_launch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+H100 = TARGETS[90]
+BARRIER = pytest.mark.parametrize("barrier", [False, True], ids=["exchange", "barrier"])
+SLICES = pytest.mark.parametrize("slices", [1, 3])
+
+GROUP = Case("torch", "bf16", T=100, B=16, I=256, H=512)
+SOLO = Case("torch", "bf16", T=100, B=16, I=64, H=64)
+
+
+def plans(limits, *, B, H, D, itemsize, backward, textbook):
+    """Stands in for plan_launch, whose choice may change: 32 programs forward, 16 backward."""
+    if H > 2048:
+        raise NoPlan("too large")
+    if H <= 128:
+        return make_plan(H, D, solo=True, BLOCK_K=128)
+    BLOCK_H = 32 if backward else 16
+    return make_plan(H, D, BLOCK_H=BLOCK_H, BLOCK_K=256, SPLIT_K=8, batch_programs=2)
+
+
+@pytest.fixture
+def known_plans(monkeypatch):
+    monkeypatch.setattr(floors, "plan_launch", plans)
+
+
+# What a case must take
+
+FORWARD = Exchange("bf16", 32, 1, 16, 16, 16, 256, 512, slices=1, turns=1)
+BACKWARD = Exchange("bf16", 16, 1, 16, 32, 16, 256, 512, slices=3, turns=1)
+FAST = {  # no term is over 1 µs, but for that of the launch
+    ("graph", ""): 1.0,
+    ("bandwidth", ""): 1e6,
+    ("matmul", "bf16"): 1e6,
+    ("matmul", "fp32"): 1e6,
+    ("matmul", "tf32"): 1e6,
+    ("clock", ""): 1e6,
+    FORWARD: 1e-3,
+    BACKWARD: 1e-3,
+}
+
+
+def write(path, measured, device="toy", name="exchange"):
+    """What was measured, as run_floors writes it."""
+    for key, value in measured.items():
+        if isinstance(key, Exchange):
+            what = key._asdict() | {"name": name}
+        else:
+            what = dict.fromkeys(Exchange._fields) | {"name": key[0], "dtype": key[1]}
+        row = dict.fromkeys(COLUMNS) | what | {"device": device, "p20": -1, "p50": value, "p80": -1}
+        append_row(path, COLUMNS, row)
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def floor(known_plans, tmp_path):
+    """The floor by what was measured, otherwise than FAST."""
+
+    def floor(case, mode, slow=None, without=()):
+        path = tmp_path / "floors.csv"
+        path.unlink(missing_ok=True)
+        write(path, {k: v for k, v in (FAST | (slow or {})).items() if k not in without})
+        return Floors.read(path, "toy").of(case, mode, H100)
+
+    return floor
+
+
+# By hand. GROUP has 100·16·(256 + 512) elements of x and y, 2·16·512 of h0 and h_n and
+# 3·512·(256 + 512 + 2) of weights, of 2 bytes; 2·100·16·3·512·(256 + 512) FLOPs; and 3·16·512·2/128
+# clocks for U in a step forward, twice that backward.
+SLOW = {
+    "launch": ({("graph", ""): 7}, 7, 7),
+    "bytes": ({("bandwidth", ""): 1}, 4855.808, 2 * 4855.808),
+    "flops": ({("matmul", "bf16"): 1}, 3774.8736, 3 * 3774.8736),
+    "U": ({("clock", ""): 1}, 100 * 384, 100 * 384 + 100 * 768),
+    "exchange": ({FORWARD: 2}, 200, 200 + 100 * 0.001),
+    "exchange back": ({BACKWARD: 5}, 1, 500 + 100 * 0.001),
+}
+
+
+@pytest.mark.parametrize("slow", SLOW)
+def test_a_group(floor, slow):
+    measured, forward, training = SLOW[slow]
+    assert floor(GROUP, "forward", measured) == pytest.approx(forward, rel=1e-9)
+    assert floor(GROUP, "training", measured) == pytest.approx(training, rel=1e-9)
+
+
+def test_a_step_takes_the_longer_of_its_parts(floor):
+    slow = {("clock", ""): 384.0}  # U in 1 µs forward, 2 backward
+    assert floor(GROUP, "forward", slow | {FORWARD: 0.9}) == pytest.approx(100)
+    assert floor(GROUP, "forward", slow | {FORWARD: 1.5}) == pytest.approx(150)
+    assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 1.5}) == pytest.approx(350)
+
+
+def test_layers_and_directions(floor):
+    """A layer more is a step more, and has the size of both directions for its input."""
+    case = GROUP._replace(layers=2, directions=2)
+    slow = {FORWARD._replace(groups=2): 2, BACKWARD._replace(groups=2): 5}
+    assert floor(case, "forward", slow) == pytest.approx(101 * 2)
+    assert floor(case, "training", slow) == pytest.approx(101 * 7)
+    # x and y, h0 and h_n, the weights of both layers
+    elements = 1600 * (256 + 1024) + 2 * 4 * 16 * 512
+    elements += 2 * 1536 * (256 + 512 + 2) + 2 * 1536 * (1024 + 512 + 2)
+    moved = floor(case, "forward", slow | {("bandwidth", ""): 1})
+    assert moved == pytest.approx(2 * elements / 1e3)
+    # 2 directions, with products of I + H and 2H + H
+    done = 2 * 2 * 1600 * 1536 * ((256 + 512) + (1024 + 512))
+    assert floor(case, "training", slow | {("matmul", "bf16"): 1}) == pytest.approx(3 * done / 1e6)
+
+
+def test_textbook(floor):
+    """One bias less; two turns, in both passes; one slice in each."""
+    case = GROUP._replace(variant="textbook")
+    two = {FORWARD._replace(turns=2): 2, BACKWARD._replace(slices=1, turns=2): 3}
+    assert floor(case, "forward") is None
+    assert floor(case, "training", two) == pytest.approx(500)
+    moved = floor(case, "forward", two | {("bandwidth", ""): 1})
+    assert moved == pytest.approx(4855.808 - 2 * 3 * 512 / 1e3)
+
+
+def test_solo_needs_no_exchange(floor):
+    exchanges = (FORWARD, BACKWARD)
+    # A make_plan solo has H_pad = BLOCK_H = 128: 3·128·128·2/128 clocks for U in a step
+    slow = {("clock", ""): 768.0}
+    assert floor(SOLO, "forward", slow, without=exchanges) == pytest.approx(100)
+    assert floor(SOLO, "training", slow, without=exchanges) == pytest.approx(200)
+
+
+def test_batch_tiles_that_follow_in_a_launch_count_once(floor):
+    slow = {FORWARD._replace(groups=2): 2}
+    for B in (32, 33, 320):
+        assert floor(GROUP._replace(B=B), "forward", slow) == pytest.approx(200)
+
+
+def test_rows_that_a_tile_lacks_are_not_exchanged(floor):
+    slow = {FORWARD._replace(rows=3): 2}
+    assert floor(GROUP._replace(B=3), "forward", slow) == pytest.approx(200)
+
+
+def test_without_a_plan_the_rest_counts(floor):
+    case = GROUP._replace(H=4096, I=4096, B=1, T=1)
+    without = (("clock", ""), FORWARD, BACKWARD)
+    assert floor(case, "training", {("graph", ""): 500}, without) == 500
+    done = 3 * 2 * 3 * 4096 * 2 * 4096
+    slow = {("matmul", "bf16"): 1e-3}
+    assert floor(case, "training", slow, without) == pytest.approx(done / 1e3)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_float32_products_are_those_of_the_rnns(floor, precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+    case = GROUP._replace(dtype="fp32")
+    slow = {("matmul", "fp32"): 1, ("matmul", "tf32"): 2, FORWARD._replace(dtype="fp32"): 1e-3}
+    floor_in_full = 3774.8736
+    expected = floor_in_full if precision == "ieee" else floor_in_full / 2
+    assert floor(case, "forward", slow) == pytest.approx(expected)
+    assert floor(case._replace(dtype="tf32"), "forward", slow) == pytest.approx(floor_in_full / 2)
+    assert floor(case, "forward", slow | {("clock", ""): 1}) == pytest.approx(100 * 2 * 384)
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("missing", FAST, ids=str)
+def test_nothing_is_said_without_all_that_was_needed(floor, missing, mode):
+    not_needed = [("matmul", "fp32"), ("matmul", "tf32")] + [BACKWARD] * (mode == "forward")
+    assert (floor(GROUP, mode, without=[missing]) is None) == (missing not in not_needed)
+
+
+def test_a_barrier_is_no_exchange(known_plans, tmp_path):
+    write(tmp_path / "f.csv", {k: v for k, v in FAST.items() if k is not FORWARD})
+    write(tmp_path / "f.csv", {FORWARD: 1.0}, name="barrier")
+    assert Floors.read(tmp_path / "f.csv", "toy").of(GROUP, "forward", H100) is None
+
+
+def test_the_last_row_of_the_device_counts(known_plans, tmp_path):
+    path = tmp_path / "floors.csv"
+    assert Floors.read(path, "toy") is None
+    write(path, FAST | {("graph", ""): 10})
+    write(path, {("graph", ""): 20})
+    write(path, {("graph", ""): 30}, device="other")
+    assert Floors.read(path, "toy").of(GROUP, "forward", H100) == 20
+    assert Floors.read(path, "other").of(GROUP, "forward", H100) is None
+    assert Floors.read(path, "a third") is None
+
+
+# What is measured
+
+
+def test_a_cpu_has_no_floors(tmp_path):
+    with pytest.raises(ValueError, match="CUDA device, not on cpu"):
+        run_floors([GROUP], CPU, tmp_path / "floors.csv")
+    assert not (tmp_path / "floors.csv").exists()
+
+
+def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
+    wide = GROUP._replace(dtype="fp32", B=33)
+    cases = [
+        GROUP, GROUP._replace(dtype="fp16"), GROUP._replace(T=7, I=9, layers=3), SOLO,
+        GROUP._replace(B=1), GROUP._replace(H=300, directions=2), wide, wide._replace(B=1000),
+        GROUP._replace(variant="textbook"), GROUP._replace(H=4096),
+    ]  # fmt: skip
+    assert set(floors.exchanges(cases, H100)) == {
+        FORWARD,
+        BACKWARD,
+        FORWARD._replace(rows=1),
+        BACKWARD._replace(rows=1),
+        FORWARD._replace(groups=2),
+        BACKWARD._replace(groups=2),
+        FORWARD._replace(dtype="fp32", groups=2),
+        BACKWARD._replace(dtype="fp32", groups=2),
+        FORWARD._replace(turns=2),
+        BACKWARD._replace(slices=1, turns=2),
+    }
+    more = floors.exchanges([GROUP._replace(H=600)], H100)
+    assert set(more) == {
+        FORWARD._replace(programs=48, H_pad=768),
+        BACKWARD._replace(programs=24, H_pad=768),
+    }
+
+
+def test_plans_are_those_of_the_library(monkeypatch):
+    monkeypatch.setattr(floors, "plan_launch", lambda limits, **shape: (limits, shape))
+    case = GROUP._replace(B=7, directions=2)
+    shape = dict(B=7, H=512, D=2, itemsize=2, backward=False, textbook=False)
+    assert floors.plan_of(case, False, H100) == (H100, shape)
+    case = case._replace(variant="textbook", dtype="fp32")
+    shape |= dict(itemsize=4, backward=True, textbook=True)
+    assert floors.plan_of(case, True, H100) == (H100, shape)
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_real_exchanges_run_at_once_and_fit_into_memory(sm):
+    limits = TARGETS[sm]
+    for exchange, plan in floors.exchanges(list(SETS["core"]()), limits).items():
+        assert exchange.programs * exchange.groups <= limits.sm_count
+        assert exchange.programs * exchange.BLOCK_H == exchange.H_pad
+        assert not plan.solo and exchange.slices * exchange.H_pad % exchange.BLOCK_K == 0
+        row = exchange.slices * exchange.H_pad * (4 if exchange.dtype == "fp32" else 2)
+        assert (
+            floor_kernels.STEPS[1] * exchange.turns * exchange.groups * exchange.rows * row < 2**30
+        )
+
+
+class FakeClock:
+    """Runs the calls as the real clocks do; the n-th of all takes n² µs."""
+
+    def __init__(self):
+        self.ran = 0
+
+    def __call__(self, calls):
+        times = []
+        for call in calls:
+            call()
+            self.ran += 1
+            times.append(float(self.ran**2))
+        return times
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@BARRIER
+def test_a_step_is_the_difference_of_a_long_launch_and_a_short_one(monkeypatch, barrier, turns):
+    """Each launch finds that nothing has arrived, and nobody; what it leaves are other bits."""
+    exchange, launched = FORWARD._replace(groups=3, rows=5, slices=3, turns=turns), []
+
+    def exchange_alone(y, arrived, *rest):
+        launched.append(tuple(y.shape))
+        assert y.dtype == BF16 and (y.view(torch.int16) == -1).all()
+        assert arrived.dtype == torch.int32 and arrived.shape == (3, 32) and not arrived.any()
+        assert rest == (exchange, "the plan", barrier)
+        y.zero_()
+        arrived += 1
+
+    monkeypatch.setattr(floor_kernels, "exchange_alone", exchange_alone)
+    monkeypatch.setattr(floor_kernels, "STEPS", (4, 11))
+    got = floor_kernels.measure_exchange(exchange, "the plan", CPU, FakeClock(), barrier=barrier)
+    assert launched == [(4 * turns, 3, 5, 1536), (11 * turns, 3, 5, 1536)] * (3 + 5)
+    # The n-th round calls: reset, short, reset, long.
+    assert got == [((4 * n + 4) ** 2 - (4 * n + 2) ** 2) / 7 for n in range(3, 8)]
+
+
+def test_a_launch_that_gave_up_is_no_measurement(monkeypatch):
+    def exchange_alone(y, *_):
+        launch.error_flag(y.device).fill_(1)
+
+    monkeypatch.setattr(floor_kernels, "exchange_alone", exchange_alone)
+    with pytest.raises(launch.ExchangeTimeout):
+        floor_kernels.measure_exchange(FORWARD, "the plan", CPU, FakeClock())
+
+
+def test_a_launch_is_cooperative(monkeypatch):
+    """An exchange whose programs cannot all run at once must be refused: it would hang."""
+    launched = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.update(kwargs, grid=grid, args=args)
+
+    monkeypatch.setattr(floor_kernels, "_exchange_kernel", Kernel())
+    plan = make_plan(512, BLOCK_K=256, SPLIT_K=8)
+    y = torch.empty(70, 1)
+    floor_kernels.exchange_alone(y, "counters", FORWARD._replace(groups=3, slices=3), plan, True)
+    assert launched.pop("args") == (
+        y, "counters", launch.error_flag(CPU), 70, 16, launch.wait_limit(70)
+    )  # fmt: skip
+    assert launched == {
+        "grid": (32, 3, 1), "H_PAD": 512, "BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 256,
+        "SPLIT_K": 8, "SPIN": 0, "SLICES": 3, "BARRIER": True, "num_warps": 4, "num_stages": 1,
+        "launch_cooperative_grid": True,
+    }  # fmt: skip
+
+
+def test_constants_from_times(monkeypatch):
+    """On a CPU, with nothing done: every call takes 1 ms."""
+    products, before = [], torch.backends.cuda.matmul.fp32_precision
+
+    class Spin:
+        def __getitem__(self, grid):
+            return lambda spent, nanoseconds, num_warps: spent.copy_(
+                torch.tensor([nanoseconds, nanoseconds * 3 // 2])
+            )
+
+    class Empty:
+        def __getitem__(self, grid):
+            return lambda *args, num_warps: None
+
+    def randn(*shape, dtype, device):
+        products.append((shape, dtype, set()))
+        return torch.empty(2, 1)
+
+    def mm(a, b):
+        products[-1][2].add(torch.backends.cuda.matmul.fp32_precision)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4096, 9999))
+    monkeypatch.setattr(floor_kernels, "_spin_kernel", Spin())
+    monkeypatch.setattr(floor_kernels, "_empty_kernel", Empty())
+    monkeypatch.setattr(floor_kernels, "captured", lambda call: call)
+
+    def clock(calls):
+        for call in calls:
+            call()
+        return [1000.0] * len(calls)
+
+    found = {
+        (name, dtype): (*set(values), unit)
+        for name, dtype, values, unit in floor_kernels.measure_constants(CPU, clock)
+    }
+    large = pytest.approx(2 * 8.192**3)  # 2 n³ FLOPs in 1 ms, in 10¹² a second
+    assert found == {
+        ("bandwidth", ""): (pytest.approx(2048e-6), "GB/s"),
+        ("matmul", "bf16"): (large, "TFLOP/s"),
+        ("matmul", "fp16"): (large, "TFLOP/s"),
+        ("matmul", "fp32"): (pytest.approx(2 * 4.096**3), "TFLOP/s"),
+        ("matmul", "tf32"): (large, "TFLOP/s"),
+        ("clock", ""): (1500.0, "MHz"),
+        ("launch", ""): (10.0, "us"),
+        ("graph", ""): (1000.0, "us"),
+    }
+    assert products == [
+        ((2, 8192, 8192), BF16, {"ieee"}),
+        ((2, 8192, 8192), FP16, {"ieee"}),
+        ((2, 4096, 4096), FP32, {"ieee"}),
+        ((2, 8192, 8192), FP32, {"tf32"}),
+    ]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_what_is_written_is_what_floors_need(known_plans, monkeypatch, tmp_path):
+    """run_floors without a device: the measurements are made up, all else is real."""
+    path, cases = tmp_path / "floors.csv", [GROUP, SOLO, GROUP._replace(variant="textbook")]
+    constants = [(*key, [value] * 2, "a unit") for key, value in FAST.items() if len(key) == 2]
+    times = {False: iter(range(1, 9)), True: iter(range(100, 109))}
+    for name, value in {
+        "facts": lambda device: dict.fromkeys(FACTS[:-1], "toy"),
+        "device_limits": lambda device: H100,
+        "measure_constants": lambda device, clock: iter(constants),
+        "measure_exchange": lambda *_, barrier=False: [next(times[barrier])] * 2,
+    }.items():
+        monkeypatch.setattr(floor_kernels, name, value)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    run_floors(cases, CUDA, path, clock=FakeClock())
+    found = Floors.read(path, "toy")
+    # In the order of the cases, both passes of each; a barrier only where slices = turns = 1
+    assert found.of(GROUP, "forward", H100) == 100 * 1
+    assert found.of(GROUP, "training", H100) == 100 * (1 + 2)
+    assert found.of(cases[2], "training", H100) == 100 * (3 + 4)
+    rows = read(path)[len(constants) :]
+    assert [row["name"] for row in rows] == ["exchange", "barrier"] + ["exchange"] * 3
+    assert ",".join(list(rows[1].values())[FACTS.index("date") + 1 :]) == (
+        "barrier,bf16,32,1,16,16,16,256,512,1,1,100.0,100.0,100.0,us"
+    )
+    assert all(row["sm"] == "toy" and row["date"] for row in rows)
+
+
+# The kernels, interpreted
+
+
+@BARRIER
+@SLICES
+@pytest.mark.parametrize(
+    ("dtype", "BLOCK_K"), [(FP32, 64), (FP16, 32)], ids=["fp32", "fp16, two chunks"]
+)
+def test_right_values_are_handed_over(interpreted, dtype, BLOCK_K, slices, barrier):
+    interpreted(interpreted_floors.right_values, dtype, slices, BLOCK_K, barrier=barrier)
+
+
+@BARRIER
+def test_missing_program_is_reported(interpreted, barrier):
+    interpreted(interpreted_floors.missing_program_is_reported, barrier=barrier)
+
+
+def await_count(thread, counts, limit=math.inf):
+    """Run the barrier's assembly as one thread: what it loads until 32 have arrived, what it
+    stores where. The counter has another value at each look; so has the clock."""
+    inputs = {"$1": "counter", "$2": 32, "$3": limit, "$4": "flag", "%tid.x": thread}
+    compute = COMPUTE | {"mov.u32": lambda a: a, "setp.ge.s32": lambda a, b: a >= b}
+    code = [
+        STATEMENT.fullmatch(line).groups() for line in floor_kernels._COUNT_ASM.value.split("\n")
+    ]
+    registers, loaded, stored, at, clock = dict(inputs), [], {}, 0, count()
+    while at < len(code):
+        negated, guard, opcode, arguments, _ = code[at]
+        at += 1
+        if opcode in (None, ".reg") or (guard and registers[guard] == bool(negated)):
+            continue
+        *into, last = re.findall(r"[^][{}, ]+", arguments)
+        registers["%globaltimer"] = next(clock)
+        if opcode == "bra":
+            at = [label for *_, label in code].index(last)
+        elif opcode.startswith("ld."):
+            assert registers[last] == "counter"
+            loaded.append(next(counts))
+            registers[into[0]] = loaded[-1]
+        elif opcode.startswith("st."):
+            stored[registers[into[0]]] = registers[last]
+        else:
+            values = [registers[v] if v in registers else int(v) for v in [*into[1:], last]]
+            registers[into[0]] = compute[opcode](*values)
+    return loaded, stored
+
+
+def test_one_thread_awaits_the_count():
+    assert await_count(0, iter([30, 31, 31, 32])) == ([30, 31, 31, 32], {})
+    assert await_count(0, iter([35]), limit=-1) == ([35], {})  # others can be a step ahead
+    assert await_count(1, iter([])) == ([], {})
+    loaded, stored = await_count(0, repeat(31, 1000), limit=500)
+    assert stored == {"flag": 1} and 50 < len(loaded) < 500
+
+
+# The kernels, compiled
+
+
+def compiled(kernel, sm, types, constants, num_warps):
+    """The PTX and the SASS, and each of its loops: the lines from the jump's target to the jump."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    pointers = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    source = ASTSource(kernel, signature, constants, pointers)
+    options = {"num_warps": num_warps, "num_stages": 1}
+    asm = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    lines, labels, loops = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = i
+        jump = re.search(r"BRA.*`\((\.L\w+)\)", line)
+        if jump and labels.get(jump[1], i) < i - 1:  # not the endless one behind the end
+            loops.append("\n".join(lines[labels[jump[1]] : i + 1]))
+    return asm["ptx"], sass, loops
+
+
+def compiled_exchange(sm, dtype, H, B, slices, barrier):
+    plan = plan_launch(
+        TARGETS[sm], B=B, H=H, D=1, itemsize=dtype.itemsize, backward=slices == 3, textbook=False
+    )
+    types = {
+        "y_ptr": "*" + ELEMENT[dtype], "arrived_ptr": "*i32", "error_ptr": "*i32", "T": "i32",
+        "rows": "i32", "wait_limit": "i64",
+    }  # fmt: skip
+    constants = {
+        "H_PAD": plan.H_pad, "BLOCK_H": plan.BLOCK_H, "BLOCK_B": plan.BLOCK_B,
+        "BLOCK_K": plan.BLOCK_K, "SPLIT_K": plan.SPLIT_K, "SPIN": plan.spin, "SLICES": slices,
+        "BARRIER": barrier,
+    }  # fmt: skip
+    return plan, *compiled(floor_kernels._exchange_kernel, sm, types, constants, plan.num_warps)
+
+
+def places(pattern, text):
+    return [match.start() for match in re.finditer(pattern, text)]
+
+
+@BARRIER
+@SLICES
+@pytest.mark.parametrize(
+    ("sm", "dtype", "H", "B"),
+    [(90, BF16, 1024, 16), (90, BF16, 1536, 64), (90, FP32, 256, 8), (80, BF16, 768, 16)],
+)
+def test_the_loop_is_stores_and_waits(sm, dtype, H, B, slices, barrier):
+    plan, _, sass, loops = compiled_exchange(sm, dtype, H, B, slices, barrier)
+    assert not re.search(r"\b(LDL|STL|HMMA|HGMMA|FFMA|LDS|STS)\b", sass)
+    steps = max(loops, key=len)
+    vectors = slices * plan.H_pad // plan.BLOCK_K * plan.spin * dtype.itemsize // 16
+    # First tries and polls, of 16 bytes; there are no others outside of the loop.
+    for strength in ("SYS", "GPU"):
+        loads = rf"LDG\.E\.128\.STRONG\.{strength}\b"
+        assert len(places(loads, steps)) == len(places(loads, sass)) == vectors
+    # Each poll is in a loop of its own, with the clock that ends it.
+    polling = [loop for loop in loops if loop is not steps and "LDG.E.128.STRONG.GPU" in loop]
+    assert len(polling) == slices * plan.H_pad // plan.BLOCK_K
+    assert all("SR_GLOBALTIMERLO" in loop for loop in polling)
+    gives_up = r"STG\.E\.STRONG\.SYS\b"
+    assert len(places(gives_up, sass)) == len(polling) + barrier
+    # The slices are stored before the first look. No thread goes on to the next step's before all
+    # of its program have seen all of the tile.
+    stores = places(r"STG\.E(\.U16|\.64|\.128)? ", steps)
+    assert stores and max(stores) < min(places(r"LDG\.E\.128", steps))
+    assert places(r"STG\.E(\.U16|\.64|\.128)? ", sass[sass.index(steps) + len(steps) :]) == []
+    barriers = places(r"BAR\.SYNC", steps)
+    assert len([b for b in barriers if b > max(places(r"LDG\.E\.128", steps))]) == 1
+    assert len(barriers) == (3 if barrier else 1)
+
+
+@SLICES
+@pytest.mark.parametrize("sm", [90, 80])
+def test_a_barrier_releases_what_was_stored_and_acquires_what_is_loaded(sm, slices):
+    _, ptx, _, _ = compiled_exchange(sm, BF16, 512, 16, slices, True)
+    order = r"st\.global|bar\.sync|atom\S+|ld\.acquire\S+|ld\.volatile|ld\.relaxed"
+    found = re.findall(order, ptx)
+    first_look = found.index("ld.volatile")
+    assert found[:first_look] == [
+        *["st.global"] * slices,
+        "bar.sync",  # all threads have stored
+        "atom.global.gpu.release.add.u32",
+        "ld.acquire.gpu.global.b32",
+        "bar.sync",  # and none loads before all have arrived
+    ]
+    assert set(found[first_look:-1]) == {"ld.volatile", "ld.relaxed"}
+    assert found[-1] == "bar.sync"
+
+
+@pytest.mark.parametrize("sm", [90, 80])
+def test_both_clocks_are_read_around_the_spin(sm):
+    types = {"spent_ptr": "*i64", "nanoseconds": "i32"}
+    _, sass, loops = compiled(floor_kernels._spin_kernel, sm, types, {}, 1)
+    (spin,) = loops
+    read = re.findall(r"SR_(CLOCK|GLOBALTIMER)LO", sass)
+    assert read[:2] == ["GLOBALTIMER", "CLOCK"] and read[-2:] == ["GLOBALTIMER", "CLOCK"]
+    assert read.count("CLOCK") == 2
+    assert re.findall(r"SR_(CLOCK|GLOBALTIMER)LO", spin) == ["GLOBALTIMER"]
+    assert sass.rindex("SR_CLOCKLO") > sass.index(spin) + len(spin)
+
+
+# On a device
+
+
+@pytest.mark.gpu
+def test_floors_of_a_device(tmp_path):
+    path, device = tmp_path / "floors.csv", torch.device("cuda", torch.cuda.current_device())
+    cases = [GROUP._replace(I=512), GROUP._replace(H=256, dtype="fp32", variant="textbook")]
+    run_floors(cases, device, path)
+    names = {"bandwidth", "matmul", "clock", "launch", "graph", "exchange", "barrier"}
+    assert {row["name"] for row in read(path)} == names
+    for row in read(path):
+        p20, p50, p80 = (float(row[p]) for p in ("p20", "p50", "p80"))
+        assert 0 < p20 <= p50 <= p80 < math.inf, row
+    found = Floors.read(path, torch.cuda.get_device_name(device))
+    limits = floor_kernels.device_limits(device)
+    for case in cases:
+        assert 0 < found.of(case, "forward", limits) < found.of(case, "training", limits)
+
+
+@pytest.mark.gpu
+@BARRIER
+@SLICES
+def test_right_values_are_handed_over_on_a_device(slices, barrier):
+    device = torch.device("cuda", torch.cuda.current_device())
+    limits = floor_kernels.device_limits(device)
+    plan = floors.plan_of(GROUP, slices == 3, limits)
+    exchange = floors.exchange_of(plan, GROUP, slices == 3)
+    shape = 50, exchange.groups, exchange.rows, slices, plan.H_pad
+    y = torch.empty(shape, dtype=BF16, device=device)
+    arrived = torch.empty(exchange.groups, 32, dtype=torch.int32, device=device)
+    floor_kernels.reset(y, arrived)
+    floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)
+    torch.cuda.synchronize()
+    launch.raise_if_failed(y.device)
+    assert torch.equal(y.cpu(), interpreted_floors.exact(y, plan.BLOCK_B).float().to(BF16))
