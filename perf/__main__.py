@@ -2,13 +2,14 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from .compare import compare, report
-from .evidence import PARTS, ROOT, run_evidence, run_part
+from .evidence import FAILED, LOST, PARTS, ROOT, WRONG, run_evidence, run_part
 from .plot import plot_all, plot_csv
 from .providers import DTYPES
 from .shapes import SETS, VARIANTS
@@ -17,8 +18,8 @@ from .train import SETTINGS, run_training, verdict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 1 if TriGRU was found wrong, or became so between two sweeps, or 3 if a
-    kernel ended this process's use of the device."""
+    """Run a command; 0, or WRONG if TriGRU was found wrong, or became so between two sweeps, LOST
+    if a kernel ended this process's use of the device, FAILED if anything else was raised."""
     args = parser().parse_args(argv)
     if args.command == "plot":
         for path in args.csv:
@@ -47,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 good &= sweep(device, args, folder / "sweep.csv")
     except DeviceLost as error:
         print(error, file=sys.stderr)
-        return 3
-    return 0 if good else 1
+        return LOST
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    return 0 if good else WRONG
 
 
 def evidence(device: torch.device, args: argparse.Namespace, folder: Path) -> bool:

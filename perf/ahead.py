@@ -18,8 +18,13 @@ from trigru.plan import DeviceLimits, LaunchPlan, NoPlan, device_limits, plan_la
 from . import floor_kernels
 from .floor_kernels import has_barrier
 from .floors import Exchange, exchanges
+from .measure import Call
 from .providers import DTYPES
 from .shapes import Case
+
+Job = Callable[[torch.device], None]
+
+MOST_WORKERS = 16  # each takes memory of the device
 
 
 class Kernel(NamedTuple):
@@ -42,22 +47,34 @@ class CompileOnly:
         return partial(self.kernel.warmup, grid=grid)
 
 
-def compile_ahead(cases: Sequence[Case], device: torch.device, floors: bool = False) -> None:
+def compile_ahead(cases: Sequence[Case], device: torch.device, floors: bool = False) -> bool:
     """Compile what the cases launch on a CUDA device, forward and training, and with `floors` what
-    measures their floors."""
+    measures their floors; whether all of it compiled. What did not is left to fail where it is
+    used."""
     if device.type != "cuda":
-        return
+        return True
     device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
     kernels = dict.fromkeys(kernels_of(cases, limits))
-    jobs: list[Callable[..., None]] = [partial(compile_kernel, kernel) for kernel in kernels]
+    jobs: list[Job] = [partial(compile_kernel, kernel) for kernel in kernels]
     if floors:
         jobs += [partial(compile_exchange, *e) for e in exchange_kernels(cases, limits).items()]
-    context = get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(os.cpu_count(), context, initializer=_compile_only) as pool:
-        compiled = as_completed([pool.submit(job, device) for job in jobs])
-        for done in tqdm(compiled, desc="compile", total=len(jobs)):
-            done.result()
+    return run_on_all_cores(jobs, device, _compile_only)
+
+
+def run_on_all_cores(jobs: Sequence[Job], device: torch.device, set_up: Call) -> bool:
+    """Run the jobs in processes that have called `set_up`; whether none raised anything. The first
+    thing that one raised is told."""
+    good, context = True, get_context("spawn")  # CUDA does not survive a fork
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, context, initializer=set_up) as pool:
+        done = as_completed([pool.submit(job, device) for job in jobs])
+        for future in tqdm(done, desc="compile", total=len(jobs)):
+            if error := future.exception():
+                if good:
+                    tqdm.write(f"not compiled: {type(error).__name__}: {error}")
+                good = False
+    return good
 
 
 def kernels_of(cases: Iterable[Case], limits: DeviceLimits) -> Iterator[Kernel]:

@@ -3,25 +3,23 @@
 A row is faster or slower only if its interval from p20 to p80 lies apart from that of the other
 sweep. The providers other than TriGRU are the control: where they move, the machine did."""
 
-import csv
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .measure import FACTS, percentiles
+from .rows import TEXT, Row, read_csv, timed, unique
 from .sweep import COLUMNS
 
 SHAPE = ("variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions")
 KEY = ("device", "provider", *SHAPE)
 GROUP = ("device", "variant", "dtype")
-TEXT = {*FACTS, "provider", "variant", "mode", "dtype", "status"}
 VERSIONS = ("driver", "torch", "triton", "cudnn")
 BYTES_BEYOND, ERROR_BEYOND = 1.01, 2.0  # the ratios beyond which a change is told
 
-Row = dict[str, Any]  # what is not text is a number, or None
 Line = Sequence[str]  # the cells of a line of a table
 
 
@@ -33,12 +31,12 @@ class Pair(NamedTuple):
 
     @property
     def timed(self) -> bool:
-        return is_timed(self.a) and is_timed(self.b)
+        return timed(self.a) and timed(self.b)
 
     @property
     def lost(self) -> bool:
         """Whether the time is gone, as that of a wrong result is."""
-        return is_timed(self.a) and not is_timed(self.b)
+        return timed(self.a) and not timed(self.b)
 
     @property
     def speedup(self) -> float:
@@ -97,24 +95,11 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a sweep's CSV file.
-
-    Raises ValueError if it is another kind of file or has an incomplete row."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = tuple(reader.fieldnames or ())
-        if columns != COLUMNS:
-            raise ValueError(f"{path} is not a sweep's: its columns are {columns}")
-        rows = []
-        for row in reader:
-            if len(row) != len(COLUMNS) or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: not as many cells as columns")
-            rows.append({k: v if k in TEXT else float(v) if v else None for k, v in row.items()})
+    """The rows of a sweep's CSV file. Raises ValueError if it is another kind of file."""
+    columns, rows = read_csv(path)
+    if columns != COLUMNS:
+        raise ValueError(f"{path} is not a sweep's: its columns are {columns}")
     return rows
-
-
-def is_timed(row: Row) -> bool:
-    return row["p50_us"] is not None
 
 
 def report(comparison: Comparison) -> str:
@@ -141,7 +126,7 @@ def table(head: Line, lines: Iterable[Line]) -> list[str]:
 
 def _header(comparison: Comparison) -> list[str]:
     """Where, with what and when both were measured, and what of it forbids conclusions."""
-    known = {k: [_unique(r[k] for r in rows if r[k]) for rows in comparison.rows] for k in FACTS}
+    known = {k: [unique(r[k] for r in rows if r[k]) for rows in comparison.rows] for k in FACTS}
     said = {k: [", ".join(v) for v in both] for k, both in known.items() if any(both)}
     said |= {"date": [max(dates, default="") for dates in known["date"]]}
     said = {"file": [str(path) for path in comparison.paths]} | said
@@ -166,7 +151,7 @@ def _statuses(comparison: Comparison) -> list[str]:
     """Statuses that changed: those that lost their time first, those that gained one last."""
 
     def rank(pair: Pair) -> tuple[int, bool]:
-        gained = is_timed(pair.b) and not is_timed(pair.a)
+        gained = timed(pair.b) and not timed(pair.a)
         return 0 if pair.lost else 2 if gained else 1, pair.a["provider"] != "trigru"
 
     changed = sorted((p for p in comparison.pairs if _status_changed(p)), key=rank)
@@ -183,7 +168,7 @@ def _statuses(comparison: Comparison) -> list[str]:
 def _status_changed(pair: Pair) -> bool:
     """Of rows without a time only the kind of failure counts, not its numbers."""
     a, b = pair.a["status"], pair.b["status"]
-    if is_timed(pair.a) or is_timed(pair.b):
+    if timed(pair.a) or timed(pair.b):
         return a != b or not pair.timed
     return a.partition(":")[0] != b.partition(":")[0]
 
@@ -239,7 +224,7 @@ def _only(comparison: Comparison) -> list[str]:
     that the other columns take."""
     lines = []
     for file, rows in zip("AB", comparison.only, strict=True):
-        for group in _unique(_cells(row, GROUP) for row in rows):
+        for group in unique(_cells(row, GROUP) for row in rows):
             alike = [row for row in rows if _cells(row, GROUP) == group]
             values = (sorted({row[k] for row in alike}) for k in comparison.columns)
             lines.append((file, str(len(alike)), *(",".join(map(_cell, v)) for v in values)))
@@ -254,7 +239,7 @@ def _control(comparison: Comparison) -> list[str]:
     """What the providers other than TriGRU say about the machine: their speed-up's geometric mean
     and spread, and a warning where single rows or most of them moved."""
     lines, moves = [], []
-    names = _unique(p.a["provider"] for p in comparison.pairs if p.timed)
+    names = unique(p.a["provider"] for p in comparison.pairs if p.timed)
     for name in (name for name in names if name != "trigru"):
         pairs = comparison.timed(name)
         ratios = [p.speedup for p in pairs]
@@ -311,7 +296,3 @@ def _cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
 
 def _cell(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.0f}"
-
-
-def _unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

@@ -5,30 +5,38 @@ the others nothing, and writes its rows as soon as it has them. It installs noth
 network."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread, Timer
 
 import torch
 
 from .accuracy import run_accuracy
 from .kernels import run_kernels
+from .measure import facts
+from .readme import summary_of
 from .shapes import SETS, long_and_short, profiled
 from .sweep import make_bench, not_measured, run_sweep
 
 PARTS = ("compile", "tests", "floors", "sweep", "kernels", "accuracy")
-GPU_PARTS = ("compile", "floors")
+GPU_PARTS = ("compile", "tests", "floors")
 # What a part may take in seconds. The sweep has what the others leave of the whole time.
 LIMITS = {"compile": 120, "tests": 180, "floors": 75, "kernels": 45, "accuracy": 75}
 AFTER_SWEEP = LIMITS["kernels"] + LIMITS["accuracy"]
-GRACE = 30  # seconds beyond its time that a sweep has to start in, and for its last shape
+GRACE = 30  # seconds that a part has to end in by itself
 SWEEP_SECONDS = 0.05  # to time a shape and mode
+WRONG, LOST, FAILED, STOPPED = 1, 13, 14, 124  # exit codes of parts, none of them pytest's own
 
 ROOT = Path(__file__).parents[1]
+TEST = re.compile(r"^(tests/\S+\.py::\w+(?:\[.*?\])?)(?= |$)", re.M)  # as pytest -v begins a line
+NO_COMMIT = "UNKNOWN: without git, set TRIGRU_COMMIT"
 Run = Callable[[list[str], float], int]  # a command and its limit in seconds → its exit code
 
 
@@ -40,67 +48,103 @@ def run_part(part: str, device: torch.device, folder: Path, minutes: float) -> b
     on_cuda = device.type == "cuda"
     cases = list(SETS["core" if on_cuda else "smoke"]())
     accuracy, kernels = list(long_and_short(on_cuda)), list(profiled()) if on_cuda else cases[:1]
+    end = time.monotonic() + 60 * minutes
     if part == "compile":
         from .ahead import compile_ahead  # it needs Triton, which not every machine has
 
-        compile_ahead([*cases, *accuracy, *kernels], device, floors=True)
-        return True
+        return compile_ahead([*cases, *accuracy, *kernels], device, floors=True)
     if part == "tests":
-        return run_tests(folder / "tests.txt")
+        return run_tests(folder / "tests.txt", end)
     if part == "floors":
         from .floor_kernels import run_floors
 
-        run_floors(cases, device, folder / "floors.csv")
-        return True
+        return run_floors(cases, device, folder / "floors.csv")
     if part == "sweep":
-        path, end = folder / "sweep.csv", time.monotonic() + 60 * minutes
+        path = folder / "sweep.csv"
         bench = make_bench(device, SWEEP_SECONDS, folder / "floors.csv")
         return run_sweep(
             not_measured(cases, path, device), path, bench, until=lambda: time.monotonic() > end
         )
     if part == "kernels":
-        run_kernels(kernels, device, folder / "kernels.csv")
-        return True
+        return run_kernels(kernels, device, folder / "kernels.csv")
     return run_accuracy(accuracy, device, folder / "accuracy.csv")
 
 
-def run_tests(path: Path) -> bool:
-    """Run the tests that need a GPU, showing what pytest says and writing it into a file."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p"]
-    with path.open("w", encoding="utf-8") as file:
-        tests = subprocess.Popen(
-            [*command, "no:cacheprovider"], cwd=ROOT, text=True, stdout=subprocess.PIPE
-        )
-        assert tests.stdout is not None
-        for line in tests.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
-            file.flush()
-        return tests.wait() == 0
+def run_tests(path: Path, end: float) -> bool:
+    """Run the tests that need a GPU and write what pytest says into a file; whether some passed and
+    none failed. Where one leaves the device in a bad state, a new process runs those that are left.
+    At `end`, by time.monotonic(), pytest is asked to stop and to tell what it knows."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    codes: list[int] = []
+    ran: list[str] = []
+    path.write_text("", encoding="utf-8")
+    while True:
+        arguments = [argument for test in ran for argument in ("--deselect", test)]
+        with path.open("a", encoding="utf-8") as file:
+            tests = subprocess.Popen(
+                command + arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            timer = Timer(max(0, end - time.monotonic()), tests.send_signal, [signal.SIGINT])
+            timer.start()
+            assert tests.stdout is not None
+            for line in tests.stdout:
+                print(line, end="")
+                file.write(line)
+                file.flush()
+            codes.append(tests.wait())
+            timer.cancel()
+        said = path.read_text(encoding="utf-8")
+        before, ran = ran, TEST.findall(said)
+        crashed = codes[-1] == LOST or codes[-1] < 0
+        if not crashed or len(ran) == len(before) or time.monotonic() >= end:
+            return not any(codes) and " passed" in said
 
 
-def limited(command: list[str], seconds: float) -> int:
-    """Run a command; its exit code, or 124 if it and all that it started was stopped after so many
-    seconds."""
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+def limited(command: list[str], seconds: float, log: Path) -> int:
+    """Run a command, showing what it says and adding it to `log`; its exit code, or STOPPED if it
+    and all that it started was stopped after so many seconds."""
+    environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"} | os.environ
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+    def tell() -> None:
+        assert process.stdout is not None
+        with log.open("a", encoding="utf-8") as file:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return 124
+        return STOPPED
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        teller.join(10)
 
 
 def run_evidence(
-    device: torch.device, folder: Path, minutes: float, run: Run = limited,
+    device: torch.device, folder: Path, minutes: float, run: Run | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> bool:  # fmt: skip
     """Run all parts within about so many minutes, as processes that write into `folder`; whether
     all was right."""
     folder.mkdir(parents=True, exist_ok=True)
-    end, good, said = clock() + 60 * minutes, True, []
+    run = run or partial(limited, log=folder / "log.txt")
+    here = facts(device)
+    said = [
+        f"{here['device']}, commit {here['commit'] or NO_COMMIT}, kernels {here['kernel_hash']}"
+    ]
+    print(said[0], flush=True)
+    end, good = clock() + 60 * minutes, True
     for part in PARTS:
         if part in GPU_PARTS and device.type != "cuda":
             continue
@@ -108,25 +152,28 @@ def run_evidence(
         command += ["--device", device.type, "--out", str(folder.resolve())]
         start = clock()
         if part == "sweep":
-            code = _sweep(command, folder / "sweep.csv", run, clock, end - AFTER_SWEEP - GRACE)
+            code = _sweep(command, folder / "sweep.csv", run, clock, end - AFTER_SWEEP)
         else:
-            code = run(command, max(1, min(LIMITS[part], end - start)))
+            limit = max(1, min(LIMITS[part], end - start))
+            code = run([*command, "--minutes", f"{(limit - GRACE) / 60:.2f}"], limit)
         good = good and code == 0
         said.append(f"{part}: exit code {code} after {clock() - start:.0f} s")
         print(said[-1], flush=True)
-    print("\n".join(["", *said]))
+    print("\n".join(["", summary_of(folder), "", *said]))
     return good
 
 
 def _sweep(command: list[str], path: Path, run: Run, clock: Callable[[], float], end: float) -> int:
-    """Run the sweep until `end`, in a new process from the next shape on where one was lost with
-    its device; the last exit code."""
+    """Run the sweep until `end`; 0, or the last exit code that was not. One that was cut short goes
+    on in a new process with the next shape, as long as that gets it anywhere."""
+    worst = 0
     while True:
         before = _size(path)
         left = max(1, end - clock())
-        code = run([*command, "--minutes", f"{left / 60:.2f}"], left + GRACE)
-        if code in (0, 1) or clock() >= end or _size(path) == before:
-            return code
+        code = run([*command, "--minutes", f"{(left - GRACE) / 60:.2f}"], left)
+        worst = code or worst
+        if code in (0, WRONG) or clock() >= end or _size(path) == before:
+            return worst
 
 
 def _size(path: Path) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from triton.language.extra.cuda import globaltimer
 
 from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
-from trigru.launch import error_flag, raise_if_failed, wait_limit
+from trigru.launch import ExchangeTimeout, error_flag, raise_if_failed, wait_limit
 from trigru.plan import LaunchPlan, device_limits
 from trigru.tiles import operand_mask, operand_offsets
 
@@ -32,8 +32,10 @@ from .measure import (
 from .providers import DTYPES
 from .shapes import Case
 
-STEPS = 200, 1000  # of a short launch and of a long one: their difference is steps alone
-ROUNDS = 5  # of both
+# A long launch has at most so many steps, and as few as L2 holds, but enough to be timed. A short
+# one has a part of them: their difference is steps alone.
+MOST_STEPS, LEAST_STEPS, L2_BYTES, SHORT_PART = 1000, 50, 16 * 2**20, 5
+ROUNDS = 9  # of both
 SECONDS = 0.05  # to measure a constant, about
 LAUNCHES = 100  # in a row, as one measurement
 SPIN_NANOSECONDS = 1_000_000
@@ -42,9 +44,9 @@ COPIED_BYTES = 2**30  # far more than a cache holds
 
 def run_floors(
     cases: Sequence[Case], device: torch.device, path: Path, *, clock: Clock | None = None
-) -> None:
+) -> bool:
     """Measure the device's constants, then the exchange of every group plan that these cases have,
-    and append a row for each to the CSV file at `path`."""
+    and append a row for each to the CSV file at `path`. Whether none gave up waiting."""
     if device.type != "cuda":
         raise ValueError(f"floors are measured on a CUDA device, not on {device.type}")
     here, clock = facts(device), clock or clock_for(device)
@@ -59,12 +61,18 @@ def run_floors(
         for name, dtype, values, unit in measure_constants(device, clock):
             write(name, values, unit, dtype=dtype)
         plans = exchanges(cases, device_limits(device))
+        good = True
         for exchange, plan in tqdm(plans.items(), desc="floors"):
-            values = measure_exchange(exchange, plan, device, clock)
-            write("exchange", values, "us", **exchange._asdict())
-            if has_barrier(exchange):
-                values = measure_exchange(exchange, plan, device, clock, barrier=True)
-                write("barrier", values, "us", **exchange._asdict())
+            for barrier in (False, True)[: 1 + has_barrier(exchange)]:
+                try:
+                    values = measure_exchange(exchange, plan, device, clock, barrier=barrier)
+                except ExchangeTimeout as error:
+                    tqdm.write(f"{exchange}: {error}")
+                    good = False
+                else:
+                    name = "barrier" if barrier else "exchange"
+                    write(name, values, "us", **exchange._asdict())
+    return good
 
 
 def has_barrier(exchange: Exchange) -> bool:
@@ -185,19 +193,26 @@ def measure_exchange(
     """The microseconds of a step, once for each round: by how much a long launch takes longer than
     a short one, for each step that it has more."""
     like = torch.empty(0, dtype=DTYPES[exchange.dtype], device=device)
-    short, long = (steps * exchange.turns for steps in STEPS)
     row = exchange.slices * exchange.H_pad
-    y = unwritten(long, exchange.groups, exchange.rows, row, like=like)
+    step_bytes = exchange.turns * exchange.groups * exchange.rows * row * like.itemsize
+    long = max(LEAST_STEPS, min(MOST_STEPS, L2_BYTES // step_bytes))
+    short = long // SHORT_PART
+    y = unwritten(long * exchange.turns, exchange.groups, exchange.rows, row, like=like)
     # A cache line for each group: neighbours would slow each other down.
     arrived = torch.zeros(exchange.groups, 32, dtype=torch.int32, device=device)
     calls: dict[str, Call] = {}
-    for name, tensor in (("short", y[:short]), ("long", y)):
+    for name, tensor in (("short", y[: short * exchange.turns]), ("long", y)):
         calls[f"{name}, reset"] = partial(reset, tensor, arrived)
         calls[name] = partial(exchange_alone, tensor, arrived, exchange, plan, barrier)
+    for call in calls.values():
+        call()
+        if y.is_cuda:
+            torch.cuda.synchronize(y.device)
+        raise_if_failed(y.device)  # before many more launches that would wait as long
     times = interleave(calls, clock, seconds=0, least=ROUNDS)
     raise_if_failed(y.device)
     pairs = zip(times["short"], times["long"], strict=True)
-    return [(b - a) / (STEPS[1] - STEPS[0]) for a, b in pairs]
+    return [(b - a) / (long - short) for a, b in pairs]
 
 
 def reset(y: Tensor, arrived: Tensor) -> None:

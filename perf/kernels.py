@@ -1,6 +1,7 @@
 """`python -m perf kernels`: which kernels each provider launches, by PyTorch's profiler."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,33 +21,34 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run_kernels(cases: Sequence[Case], device: torch.device, path: Path) -> None:
-    """Profile one call of each provider in both modes, and append a row for each kernel that it
-    launched to the CSV file at `path`: how often, and for how many microseconds in all. On a CPU
-    the rows are of torch operations."""
-    here, on_cuda = facts(device), device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
+def run_kernels(cases: Sequence[Case], device: torch.device, path: Path) -> bool:
+    """Profile one call of TriGRU and of the yardstick in both modes, and append a row for each
+    kernel that it launched to the CSV file at `path`: how often, and for how many microseconds in
+    all. On a CPU the rows are of torch operations. Whether every call launched something."""
+    here, on_cuda, good = facts(device), device.type == "cuda", True
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
     with products_as_in_rnns():
         for case in tqdm(cases, desc="kernels"):
             problem = make_problem(case, device)
             shape = case._asdict() | {"dtype": dtype_name(case.dtype, device)}
-            for mode, (name, build) in (
-                (mode, item) for mode in MODES for item in builders(case, device).items()
-            ):
+            two = list(builders(case, device).items())[:2]
+            for mode, (name, build) in product(MODES, two):
                 try:
                     provider = build(case, problem.weights, mode == "training")
                 except NoKernel:
                     continue
                 call = make_call(provider, problem, mode)
                 call()
-                with profile(activities=[activity]) as profiler:
+                with profile(activities=activities) as profiler:
                     call()
                     if on_cuda:
                         torch.cuda.synchronize(device)
                 row = here | {"date": now(), "provider": name, "mode": mode} | shape
-                for event in profiler.key_averages():
-                    if (event.device_type == DeviceType.CUDA) != on_cuda:
-                        continue  # what the host did
+                events = [e for e in profiler.key_averages() if e.device_type == kind]
+                good = good and bool(events)
+                for event in events:
                     time = event.self_device_time_total if on_cuda else event.self_cpu_time_total
                     row |= {"kernel": event.key, "launches": event.count, "us": round(time, 3)}
                     append_row(path, COLUMNS, {column: row[column] for column in COLUMNS})
+    return good

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import trigru
 Call = Callable[[], Any]
 Clock = Callable[[Sequence[Call]], list[float]]  # runs the calls in order → microseconds of each
 
-KERNEL_SOURCES = ("exchange.py", "tiles.py", "forward.py", "backward.py", "launch.py", "plan.py")
+KERNEL_SOURCES = (
+    "exchange.py", "tiles.py", "forward.py", "backward.py", "launch.py", "plan.py", "ops.py",
+    "layer.py", "reference.py",
+)  # fmt: skip
 FACTS = ("device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
 WARM_UP_ROUNDS = 3
 
@@ -58,7 +62,8 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def captured(call: Call) -> Call:
-    """The replay of a CUDA graph of the call: its work on the device with no Python in between.
+    """The replay of a CUDA graph of the call: its work on the device with no Python in between, and
+    its results, the same tensors each time.
 
     Raises what the capture raises, RuntimeError for work that cannot be captured."""
     stream = torch.cuda.Stream()
@@ -67,8 +72,14 @@ def captured(call: Call) -> Call:
     with torch.cuda.stream(stream):  # restored also where the capture fails
         call()  # what libraries set up for a stream at its first use
         with torch.cuda.graph(graph, stream=stream):
-            call()
-    return graph.replay
+            results = call()
+    # The graph itself keeps nothing alive of what it reads: the parameters and inputs of `call`.
+    return partial(_replay, graph, results, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, results: Any, call: Call) -> Any:
+    graph.replay()
+    return results
 
 
 def is_lost(device: torch.device) -> bool:
@@ -154,7 +165,8 @@ def now() -> str:
 
 
 def kernel_hash() -> str:
-    """The first 12 hex digits of the SHA-256 over the sources that decide how a kernel runs."""
+    """The first 12 hex digits of the SHA-256 over KERNEL_SOURCES, which decide what runs on the
+    device."""
     digest = hashlib.sha256()
     for name in KERNEL_SOURCES:
         digest.update((Path(trigru.__file__).parent / name).read_bytes())

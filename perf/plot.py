@@ -1,10 +1,8 @@
 """`python -m perf plot`: pictures from CSV files, nothing else. What all pictures share is here."""
 
-import csv
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 
 from . import accuracy, sweep, train
 from .measure import FACTS
+from .rows import Row, read_csv, unique
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; yellow is too pale for lines.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -34,12 +33,6 @@ STYLE = {
 }
 WIDTH = 9.0  # inches
 LINE = 90  # characters of small print that fit into WIDTH
-
-TEXT = {
-    *FACTS, "provider", "variant", "mode", "dtype", "run", "status", "result",
-}  # fmt: skip
-
-Row = dict[str, Any]
 
 
 def plot_csv(path: Path, folder: Path | None = None) -> list[Path]:
@@ -73,15 +66,6 @@ def plot_all(results: Path, readme: Path) -> list[Path]:
     return pictures
 
 
-def read_csv(path: Path) -> tuple[tuple[str, ...], list[Row]]:
-    """The columns and the rows of a CSV file; what is not text is a number, or None if empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = tuple(reader.fieldnames or ())
-        rows = [{k: v if k in TEXT else _number(v) for k, v in row.items()} for row in reader]
-    return columns, rows
-
-
 def save(figure: Figure, rows: Sequence[Row], path: Path, note: str = "") -> Path:
     """Write the picture with the small print under it: where, with what and when."""
     known = {k: ", ".join(unique(str(r[k]) for r in rows if r[k])) for k in FACTS}
@@ -102,11 +86,3 @@ def save(figure: Figure, rows: Sequence[Row], path: Path, note: str = "") -> Pat
     figure.savefig(path)
     plt.close(figure)
     return path
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None

@@ -1,13 +1,10 @@
-"""Pictures of a sweep and of an accuracy measurement: TriGRU beside its yardstick.
-
-What the pictures and README say in numbers is computed by the functions without an underscore."""
+"""Pictures of a sweep and of an accuracy measurement: TriGRU beside its yardstick."""
 
 import math
 import re
 import statistics
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,34 +28,43 @@ from .plot import (
     SKY,
     STYLE,
     WIDTH,
-    Row,
     save,
+)
+from .rows import (
+    MOST_PEERS,
+    NAMES,
+    Row,
+    Speedups,
+    crowded,
+    distinct,
+    exceeding,
+    group,
+    in_order,
+    latest,
+    listed,
+    losses,
+    memory_ratios,
+    plain,
+    relative_times,
+    remarks,
+    speedups,
+    spread,
+    summary,
+    throughput,
+    timed,
+    timed_in,
+    times,
     unique,
-)  # fmt: skip
-from .shapes import MODES
+    yardstick,
+)
 
 COLOURS = (BLUE, GREEN, PINK, BLACK)  # of batch sizes; RED is kept for losses
 MARKERS = "osD^"
 TITLE_LINE = 46  # characters of a picture's title that fit into WIDTH
-DTYPES = ("bf16", "fp16", "tf32", "fp32")
-CASE = ("device", "variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions")
-YARDSTICKS = {"torch": ("cudnn", "aten"), "textbook": ("eager",)}
-NAMES = {
-    "trigru": "TriGRU",
-    "cudnn": "nn.GRU (cuDNN)",
-    "aten": "nn.GRU (ATen)",
-    "eager": "a plain torch loop",
-    "compiled": "a compiled torch loop",
-    "flashrnn": "FlashRNN",
-    "torchrl": "TorchRL",
-}
-SHORT = {"cudnn": "cuDNN", "aten": "nn.GRU", "eager": "loop"}
 SATURATED = 4.0  # the speed-up from which on the heatmap's colour is the same
-MOST_PEERS = 6  # shapes in a panel
 TICKS = (1, 1.5, 2, 3, 4, 5, 7)  # where an axis has less than a decade
 
 Panel = tuple[str, Callable[[Axes], None]]  # its title, and what draws it
-Speedups = dict[tuple[float, float], float | str]  # of TriGRU by (H, B), or why there is none
 
 
 def plot_sweep(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
@@ -85,18 +91,16 @@ def plot_accuracy(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
     for (device, variant), chosen in group(rows, "device", "variant").items():
         parts = [stem, *([_slug(device)] if several else []), variant]
         panels: list[Panel] = []
-        for dtype, panel in _sorted(chosen, "dtype"):
-            broken = exceeding(panel)
+        for (dtype,), panel in in_order(chosen, "dtype"):
             ours = sum(r["provider"] == "trigru" for r in panel)
-            title = f"{dtype[0]}: {len(broken)} of {ours} results over what is allowed"
+            title = f"{dtype}: {len(exceeding(panel))} of {ours} results over what is allowed"
             panels.append((title, partial(_errors, rows=panel)))
-        lengths = _listed(r["T"] for r in chosen)
-        title = "Error of TriGRU and {}"
+        lengths = listed(r["T"] for r in chosen)
         note = (
             "Largest distance of each result from float64's, relative to its largest exact value; "
-            f"d is the gradient in what follows. B = {_listed(r['B'] for r in chosen)}; in each "
+            f"d is the gradient in what follows. B = {listed(r['B'] for r in chosen)}; in each "
             f"group from left to right T = {lengths}, each with "
-            f"H = {_listed(r['H'] for r in chosen)}."
+            f"H = {listed(r['H'] for r in chosen)}."
         )
         over = [
             f"Over: {r['dtype']} {r['result']}, T = {r['T']:.0f}, B = {r['B']:.0f}, "
@@ -104,168 +108,15 @@ def plot_accuracy(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
             for r in exceeding(chosen)[:4]
         ]
         path = folder / ("-".join(parts) + ".png")
-        paths += _draw(path, chosen, title, panels, [note, *over])
+        paths += _draw(path, chosen, "Error of TriGRU and {}", panels, [note, *over])
     return paths
-
-
-# Numbers
-
-
-def latest(rows: Iterable[Row], columns: Sequence[str] = CASE) -> list[Row]:
-    """Of rows that measure the same, the last one."""
-    return list({tuple(r[c] for c in (*columns, "provider")): r for r in rows}.values())
-
-
-def group(rows: Iterable[Row], *columns: str) -> dict[tuple, list[Row]]:
-    """The rows by their values of the columns, in the order in which they appear."""
-    groups: dict[tuple, list[Row]] = {}
-    for r in rows:
-        groups.setdefault(tuple(r[c] for c in columns), []).append(r)
-    return groups
-
-
-def yardstick(rows: Sequence[Row]) -> str:
-    """The provider that TriGRU is compared with in rows of one variant."""
-    names = YARDSTICKS[rows[0]["variant"]]
-    there = {r["provider"] for r in rows}
-    return next((name for name in names if name in there), names[0])
-
-
-def timed(row: Row | None) -> bool:
-    return row is not None and row["p50_us"] is not None
-
-
-def label(row: Row) -> str:
-    """A word or two on how it went: "ok", "wrong", "no kernel", "error", …"""
-    word = row["status"].partition(":")[0]
-    return "not timed" if word == "ok" and not timed(row) else word
-
-
-def pair(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
-    """The rows of TriGRU and of its yardstick among rows of one case."""
-    found = {r["provider"]: r for r in rows}
-    return found.get("trigru"), found.get(yardstick(rows))
-
-
-def plain(rows: Sequence[Row]) -> list[Row]:
-    """One layer in one direction at the commonest T, the longest of them."""
-    rows = [r for r in rows if (r["layers"], r["directions"]) == (1, 1)]
-    count = Counter(r["T"] for r in rows)
-    commonest = max(count, key=lambda T: (count[T], T), default=None)
-    return [r for r in rows if r["T"] == commonest]
-
-
-def distinct(rows: Sequence[Row]) -> list[Row]:
-    """Without fp16 beside bf16, whose pictures it would repeat; the heatmap has both."""
-    repeated = "fp16" if any(r["dtype"] == "bf16" for r in rows) else ""
-    return [r for r in rows if r["dtype"] != repeated]
-
-
-def speedups(rows: Sequence[Row]) -> Speedups:
-    """By (H, B) the yardstick's median time over TriGRU's, from rows that differ in nothing else;
-    or in a word or two why there is none."""
-    found: Speedups = {}
-    for shape, alike in group(rows, "H", "B").items():
-        us, them = pair(alike)
-        if us and them and timed(us) and timed(them):
-            found[shape] = them["p50_us"] / us["p50_us"]
-        elif us:
-            found[shape] = f"no {SHORT[yardstick(rows)]}" if timed(us) else label(us)
-    return found
-
-
-def ratios(speeds: Speedups) -> dict[tuple[float, float], float]:
-    """The speed-ups that there are."""
-    return {shape: s for shape, s in speeds.items() if not isinstance(s, str)}
-
-
-def losses(speeds: Speedups) -> dict[tuple[float, float], float]:
-    """The speed-ups that are none."""
-    return {shape: s for shape, s in ratios(speeds).items() if s < 1}
-
-
-def summary(speeds: Speedups) -> str:
-    """In how many shapes TriGRU is slower."""
-    return f"slower in {len(losses(speeds))} of {len(ratios(speeds))} shapes"
-
-
-def times(ratio: float) -> str:
-    """A ratio as people read it: two digits after the point where they tell a loss from a gain."""
-    return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 100 else f"{ratio:.0f}×"
-
-
-def throughput(row: Row, us: float) -> float:
-    """Batch-steps per second."""
-    return row["B"] * row["T"] / us * 1e6
-
-
-def relative_times(rows: Sequence[Row]) -> dict[tuple[float, float], dict[str, list[float]]]:
-    """By (layers, directions), other than one of each, and provider: the times relative to one
-    layer in one direction, of each shape where both are timed."""
-    found: dict[tuple[float, float], dict[str, list[float]]] = {}
-    for (provider, *_), alike in group(rows, "provider", "T", "B", "I", "H").items():
-        us = {(r["layers"], r["directions"]): r["p50_us"] for r in alike if timed(r)}
-        one = us.pop((1, 1), None)
-        for depth in us if one else ():
-            found.setdefault(depth, {}).setdefault(provider, []).append(us[depth] / one)
-    return dict(sorted(found.items()))
-
-
-def memory_ratios(rows: Sequence[Row]) -> list[float]:
-    """TriGRU's peak memory over the yardstick's in each case where both are known."""
-    pairs = [pair(alike) for alike in group(rows, *CASE).values()]
-    return [
-        us["peak_bytes"] / them["peak_bytes"]
-        for us, them in pairs
-        if us and them and us["peak_bytes"] and them["peak_bytes"]
-    ]
-
-
-def crowded(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each case in which more than two providers are timed, TriGRU among them; of many
-    cases those with the most."""
-    cases = [c for c in group(rows, *CASE).values() if timed(pair(c)[0]) and _timed(c) > 2]
-    cases = sorted(cases, key=_timed, reverse=True)[:MOST_PEERS]
-    return sorted(cases, key=lambda case: (case[0]["T"], case[0]["H"], case[0]["B"]))
-
-
-def exceeding(rows: Sequence[Row]) -> list[Row]:
-    """TriGRU's results whose error is larger than allowed."""
-    return [r for r in rows if r["provider"] == "trigru" and not r["rel_err"] <= r["allowed"]]
-
-
-def spread(values: Iterable[float], most: int) -> list[float]:
-    """At most so many of the values, from the smallest to the largest at equal distances."""
-    every = sorted(set(values))
-    count = min(most, len(every))
-    return unique(every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count))
-
-
-def remarks(rows: Sequence[Row]) -> list[str]:
-    """What was not timed, or not as it should be, and why, in a few lines."""
-    odd = [r | {"label": label(r)} for r in rows if not timed(r) or r["status"] != "ok"]
-    kinds = sorted(group(odd, "provider", "label").items(), key=lambda kind: kind[0][0] != "trigru")
-    said = []
-    for (provider, word), alike in kinds[:4]:
-        where = "; ".join(
-            [", ".join(unique(r["dtype"] for r in alike))]
-            + [f"{k} = {_listed(r[k] for r in alike)}" for k in "BH"]
-        )
-        status = textwrap.shorten(alike[0]["status"].removeprefix("ok: "), 150)
-        about = "Remark on" if word == "ok" else "No time for"
-        said.append(f"{about} {NAMES[provider]} ({where}; {len(alike)} in all): {status}")
-    more = [f"More of the kind in the CSV file: {len(kinds) - 4}."] if len(kinds) > 4 else []
-    return [*said, *more]
-
-
-# Pictures
 
 
 def _throughput(rows: Sequence[Row], path: Path) -> list[Path]:
     """Throughput over H, both at some B, with the shapes where TriGRU is slower."""
     rows = distinct(plain(rows))
     panels: list[Panel] = []
-    for (dtype, mode), panel in _sorted(rows, "dtype", "mode"):
+    for (dtype, mode), panel in in_order(rows, "dtype", "mode"):
         title = f"{dtype}, {mode}: {summary(speedups(panel))}"
         panels.append((title, partial(_throughputs, rows=panel)))
     note = (
@@ -299,7 +150,7 @@ def _heatmap(rows: Sequence[Row], path: Path) -> list[Path]:
     """The speed-up of every H and B."""
     rows = plain(rows)
     panels: list[Panel] = []
-    for (dtype, mode), panel in _sorted(rows, "dtype", "mode"):
+    for (dtype, mode), panel in in_order(rows, "dtype", "mode"):
         speeds = speedups(panel)
         if speeds:
             title = f"{dtype}, {mode}: {summary(speeds)}"
@@ -356,11 +207,11 @@ def _time(rows: Sequence[Row], path: Path) -> list[Path]:
     rows = distinct(plain(rows))
     panels: list[Panel] = [
         (f"{dtype}, {mode}", partial(_steps, rows=panel, over="H"))
-        for (dtype, mode), panel in _sorted(rows, "dtype", "mode")
+        for (dtype, mode), panel in in_order(rows, "dtype", "mode")
     ]
     note = "Points: medians. Bands: p20 to p80."
     if any(r["floor_us"] for r in rows):
-        note += " Floor: what no kernel on this device can be faster than."
+        note += " Floor: what bytes, FLOPs and the steps of TriGRU's plan take at least."
     return _draw(path, rows, "Time per step of TriGRU and {}", panels, [note, *remarks(rows)])
 
 
@@ -394,10 +245,10 @@ def _scaling(rows: Sequence[Row], path: Path) -> list[Path]:
         used += over_T
         panels += [
             (f"{dtype}, {mode}, H = {H:.0f}: over T", partial(_steps, rows=panel, over="T"))
-            for (dtype, mode), panel in _sorted(over_T, "dtype", "mode")
+            for (dtype, mode), panel in in_order(over_T, "dtype", "mode")
             if len({r["T"] for r in panel}) > 1
         ]
-    for (dtype, mode), panel in _sorted(rows, "dtype", "mode"):
+    for (dtype, mode), panel in in_order(rows, "dtype", "mode"):
         if relative_times(panel):
             title = f"{dtype}, {mode}: over layers, directions"
             panels.append((title, partial(_depths, rows=panel)))
@@ -445,7 +296,7 @@ def _memory(rows: Sequence[Row], path: Path) -> list[Path]:
     rows = [r for r in distinct(plain(rows)) if r["mode"] == "training"]
     rows = [r for r in rows if timed(r) and r["peak_bytes"]]
     panels: list[Panel] = []
-    for (dtype, _), panel in _sorted(rows, "dtype", "mode"):
+    for (dtype, _), panel in in_order(rows, "dtype", "mode"):
         ratios = memory_ratios(panel)
         said = f": TriGRU's is {times(min(ratios))} to {times(max(ratios))}" if ratios else ""
         panels.append((f"{dtype}, training{said}", partial(_mebibytes, rows=panel)))
@@ -466,12 +317,12 @@ def _peers(rows: Sequence[Row], path: Path) -> list[Path]:
     panels: list[Panel] = []
     used: list[Row] = []
     most = 0  # lines in a panel
-    for (dtype, mode), panel in _sorted(distinct(rows), "dtype", "mode"):
+    for (dtype, mode), panel in in_order(distinct(rows), "dtype", "mode"):
         cases = crowded(panel)
         if cases:
             panels.append((f"{dtype}, {mode}", partial(_bars, cases=cases)))
             used += [r for case in cases for r in case]
-            most = max(most, sum(_timed(case) + 2 for case in cases))
+            most = max(most, sum(timed_in(case) + 2 for case in cases))
     note = (
         "Bars: median time relative to TriGRU's. Numbers: µs per time step. "
         f"Of many shapes the {MOST_PEERS} where most were timed; the others are in the CSV file."
@@ -604,20 +455,6 @@ def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
         handles=handles, frameon=False, fontsize=14, ncols=4, columnspacing=1, handlelength=1.8,
         loc="upper center", bbox_to_anchor=(0.45, -0.16),
     )  # fmt: skip
-
-
-def _sorted(rows: Iterable[Row], *columns: str) -> list[tuple[tuple, list[Row]]]:
-    """Groups by dtype, or by dtype and mode, in the usual order of both."""
-    order, groups = (*DTYPES, *MODES), group(rows, *columns)
-    return sorted(groups.items(), key=lambda item: [order.index(word) for word in item[0]])
-
-
-def _timed(rows: Sequence[Row]) -> int:
-    return sum(map(timed, rows))
-
-
-def _listed(values: Iterable[float]) -> str:
-    return ", ".join(f"{v:.0f}" for v in sorted(set(values)))
 
 
 def _short(result: str) -> str:

@@ -14,7 +14,7 @@ from .shapes import Case
 Results = dict[str, Tensor]  # y, h_n, dx, dh0 and the gradients of the weights, by name
 
 # A yardstick further off than this part of the largest exact value measures nothing.
-USELESS_YARDSTICK = 0.5
+USELESS_YARDSTICK = 0.25
 
 
 class Problem(NamedTuple):

@@ -29,6 +29,7 @@ class Provider(NamedTuple):
 
     layer: Layer
     parameters: list[Tensor]
+    synchronises: bool = False  # with the device, so that no graph of it can be captured
 
 
 Build = Callable[[Case, Weights, bool], Provider]  # the last: whether in training mode
@@ -164,7 +165,7 @@ TORCHRL_TRAINING_H = 256  # beyond, tuning its backward kernel takes ten minutes
 
 def build_flashrnn(case: Case, weights: Weights, training: bool) -> Provider:
     """One layer of FlashRNN (PyPI's flashrnn 1.0). Its GRU is a cuBLAS product and a kernel for
-    every step, compiled by nvcc once for each dtype, and cannot be captured: it synchronises."""
+    every step, compiled by nvcc once for each dtype. It synchronises around each call."""
     from flashrnn import FlashRNNConfig, flashrnn
 
     leaves = [w.detach().clone().requires_grad_() for w in weights.values()]
@@ -182,7 +183,7 @@ def build_flashrnn(case: Case, weights: Weights, training: bool) -> Provider:
         y, last = flashrnn(gx, u, b, states=h0[:, None, :, None], config=config)
         return y[0, :, :, 0], last[0, :, :, 0]
 
-    return Provider(layer, leaves)
+    return Provider(layer, leaves, synchronises=True)
 
 
 def build_torchrl(case: Case, weights: Weights, training: bool) -> Provider:

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .measure import kernel_hash
-from .plot import Row, read_csv
-from .plot_sweep import (
+from .rows import (
     DTYPES,
     NAMES,
+    Row,
     Speedups,
     group,
     label,
     latest,
     plain,
     ratios,
+    read_csv,
     speedups,
     summary,
     timed,
@@ -40,7 +41,7 @@ On other GPUs no kernel has run yet; they compile for sm_80, sm_86, sm_90, sm_10
 measured this, and `python -m perf plot` wrote it here and drew all pictures in `perf/results`."""
 PICTURES = {
     "sweep-throughput-torch.png": "Throughput over H; rings: TriGRU is slower",
-    "sweep-time-torch.png": "Time per step over H; dotted: what no kernel can be faster than",
+    "sweep-time-torch.png": "Time per step over H; dotted: the floor",
 }
 
 
@@ -58,18 +59,18 @@ def update(readme: Path, results: Path) -> bool:
 
 def block(results: Path) -> str:
     """A paragraph for each GPU; tables and pictures of the one with the most measurements."""
+    folders = sorted(path.parent for path in results.glob("*/sweep.csv"))
     runs = [
-        (path.parent, rows)
-        for path in sorted(results.glob("*/sweep.csv"))
-        for rows in group(latest(read_csv(path)[1]), "device").values()
+        (folder, rows)
+        for folder in folders
+        for rows in measured_in(folder)
         if rows[0]["sm"]  # a GPU's
     ]
     if not runs:
         return NOT_YET
     paragraphs = [status(rows, folder / "tests.txt") for folder, rows in runs]
     folder, rows = max(runs, key=lambda run: len(run[1]))
-    for variant in VARIANTS:
-        paragraphs += table([r for r in rows if r["variant"] == variant])
+    paragraphs += tables(rows)
     shown = {name: says for name, says in PICTURES.items() if (folder / name).exists()}
     if shown:
         links = [f"![{says}](perf/results/{folder.name}/{name})" for name, says in shown.items()]
@@ -77,6 +78,24 @@ def block(results: Path) -> str:
             "\n".join([_line(shown.values()), _line(["---"] * len(shown)), _line(links)])
         )
     return "\n\n".join([*paragraphs, ELSEWHERE])
+
+
+def summary_of(folder: Path) -> str:
+    """What the sweep and the tests in a folder come to, of each device."""
+    runs = measured_in(folder) if (folder / "sweep.csv").exists() else []
+    parts = [part for rows in runs for part in (status(rows, folder / "tests.txt"), *tables(rows))]
+    return "\n\n".join(parts)
+
+
+def measured_in(folder: Path) -> list[list[Row]]:
+    """The rows of each device in a folder's sweep."""
+    return list(group(latest(read_csv(folder / "sweep.csv")[1]), "device").values())
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """The speed-ups of both variants on one device."""
+    of = group(rows, "variant")
+    return [part for variant in VARIANTS if (variant,) in of for part in table(of[(variant,)])]
 
 
 def status(rows: Sequence[Row], tests: Path) -> str:
@@ -129,10 +148,9 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells = (" / ".join(_cell(speeds[mode].get((H, B))) for mode in MODES) for B in batches)
         lines.append(_line([f"{H:.0f}", *cells]))
     said = [f"{mode.capitalize()}: {account(by)}." for mode, by in speeds.items() if ratios(by)]
-    remarks = [r["status"].removeprefix("ok: ") for r in two if r["status"].startswith("ok: ")]
-    if remarks:
-        example = textwrap.shorten(remarks[0], 100)
-        said.append(f"{len(remarks)} of {len(two)} times have a remark: “{example}”.")
+    remarks = Counter(r["status"].removeprefix("ok: ") for r in two if r["status"] != "ok")
+    for remark, count in remarks.most_common(3):
+        said.append(f"{count} of {len(two)} times: “{textwrap.shorten(remark, 100)}”.")
     return [head, "\n".join(lines), " ".join(said)]
 
 

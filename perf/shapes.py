@@ -69,7 +69,7 @@ def long_and_short(on_cuda: bool) -> Iterator[Case]:
 
 def profiled() -> Iterator[Case]:
     """Where the kernels of each provider are listed: about where cuDNN changes its algorithm."""
-    for dtype, H in product(("bf16", "fp32"), (64, 128, 256, 1024)):
+    for H, dtype in product((64, 128, 256, 1024), ("bf16", "fp32")):
         yield Case("torch", dtype, 512, 64, I=H, H=H)
 
 

@@ -29,7 +29,7 @@ from .measure import (
     percentiles,
 )
 from .problem import Problem, Results, exact_results, judge, make_call, make_problem
-from .providers import Build, NoKernel, builders
+from .providers import Build, NoKernel, Provider, builders
 from .shapes import MODES, Case
 
 COLUMNS = (
@@ -53,7 +53,7 @@ class Bench(NamedTuple):
 
 
 class DeviceLost(RuntimeError):
-    """A kernel failed in a way that ends this process's use of the device."""
+    """This process cannot go on: a kernel or a capture has left the device in a bad state."""
 
 
 def make_bench(device: torch.device, seconds: float, floors: Path | None = None) -> Bench:
@@ -82,8 +82,11 @@ def run_sweep(
             if until():
                 bar.write(f"out of time: {len(cases) - i} of {len(cases)} shapes not measured")
                 break
+            lost = ""
             for rows in measure_case(case, bench):
                 for row in rows:
+                    if row["status"].startswith("ok: capture failed"):
+                        lost = "a capture failed"  # which would disturb those that follow
                     append_row(path, COLUMNS, here | {"date": now()} | row)
                     if not row["status"].startswith("ok"):
                         said = ("provider", "variant", "mode", "dtype", "T", "B", "H", "status")
@@ -92,7 +95,9 @@ def run_sweep(
                             good = good and row["status"].startswith("no kernel")
                 bar.update()
             if is_lost(bench.device):
-                raise DeviceLost(f"the device failed in {case}")
+                lost = "the device failed"
+            if lost:
+                raise DeviceLost(f"{lost} in {case}")
     return good
 
 
@@ -125,7 +130,10 @@ def measure_case(case: Case, bench: Bench) -> Iterator[list[Row]]:
     for mode in MODES:
         rows = measure_mode(case, problem, exact, mode, build, bench)
         floor = bench.floor(case, mode)
-        yield [row | {"floor_us": None if floor is None else round(floor, 3)} for row in rows]
+        for row in rows:
+            if floor is not None and row["provider"] == "trigru":
+                row["floor_us"] = round(floor, 3)  # of its own plan
+        yield rows
 
 
 def measure_mode(
@@ -138,29 +146,37 @@ def measure_mode(
     wanted = exact if mode == "training" else {name: exact[name] for name in ("y", "h_n")}
     calls: dict[str, Call] = {}
     yardstick: Results | None = None
-    results: Results = {}
+
+    def judged(call: Call, name: str) -> tuple[Results, float, str]:
+        results = dict(zip(wanted, call(), strict=True))
+        error, status = judge(results, wanted, None if name == next(iter(rows)) else yardstick)
+        if bench.device.type == "cuda":
+            raise_if_failed(problem.x.device)
+        return results, error, status
+
     for i, (name, row) in enumerate(rows.items()):
         try:
             provider = build[name](case, problem.weights, mode == "training")
             call = make_call(provider, problem, mode)
-            results = dict(zip(wanted, call(), strict=True))
-            row["max_rel_err"], status = judge(results, wanted, yardstick)
+            results, row["max_rel_err"], row["status"] = judged(call, name)
             if i > 0 and yardstick is None:
-                status = "unchecked: the yardstick has no result"
-            row["status"] = status
-            if status == "ok":
+                row["status"] = "unchecked: the yardstick has no result"
+            if row["status"] == "ok":
                 yardstick = yardstick or results
                 row["peak_bytes"] = peak_bytes(call, bench.device)
-                calls[name], row["status"] = without_python(call, bench.capture)
+                calls[name], row["status"] = without_python(call, provider, bench.capture)
         except NoKernel as reason:
             row["status"] = f"no kernel: {reason}"
         except Exception as error:
             row["status"] = f"error: {_text(error)}"
-    del yardstick, results
     try:
         times = interleave(calls, bench.clock, bench.seconds) if calls else {}
-        if bench.device.type == "cuda":
-            raise_if_failed(problem.x.device)
+        # What was timed is not what was judged above where it is a graph.
+        for name, call in calls.items():
+            _, _, status = judged(call, name)
+            if status != "ok":
+                rows[name]["status"] = f"{status}, when timed"
+                del times[name]
     except Exception as error:
         for name in calls:
             rows[name]["status"] = f"error while timed: {_text(error)}"
@@ -171,15 +187,19 @@ def measure_mode(
     return list(rows.values())
 
 
-def without_python(call: Call, capture: Callable[[Call], Call] | None) -> tuple[Call, str]:
-    """What to time for a call, and "ok", with the reason where it cannot be captured and Python
-    will be timed with it."""
+def without_python(
+    call: Call, provider: Provider, capture: Callable[[Call], Call] | None
+) -> tuple[Call, str]:
+    """What to time for a call, and "ok", with the reason where it has no graph and Python is timed
+    with it."""
     if capture is None:
         return call, "ok"
+    if provider.synchronises:
+        return call, "ok: no graph, as it synchronises"
     try:
         return capture(call), "ok"
     except RuntimeError as error:
-        return call, f"ok: no graph: {_text(error)}"
+        return call, f"ok: capture failed: {_text(error)}"
 
 
 def _row(case: Case, device: torch.device, mode: str, name: str, status: str) -> Row:

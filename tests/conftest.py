@@ -6,6 +6,10 @@ import pytest
 import torch
 from interpreted import warm_up
 
+from perf.evidence import LOST
+from perf.measure import is_lost
+from trigru import raise_if_failed
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -18,6 +22,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _the_device_is_left_as_it_was(request):
+    """After a test on a GPU no wait has given up; where the device is lost, the process ends with
+    the test that lost it, and perf.evidence runs the others in a new one."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
+    if is_lost(torch.device("cuda")):
+        pytest.exit(f"the device failed in {request.node.name}", returncode=LOST)
+    raise_if_failed(torch.device("cuda", torch.cuda.current_device()))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The parts of the evidence that a CPU can run, and how they are run one after another."""
 
 import csv
+import os
 import sys
 import time
 from collections import defaultdict
@@ -14,9 +15,10 @@ from triton.backends.compiler import GPUTarget
 
 from perf import __main__ as command
 from perf import accuracy, ahead, evidence, kernels
+from perf.measure import facts
 from perf.providers import Provider, build_torch, build_trigru
 from perf.shapes import Case, core, long_and_short, profiled
-from perf.sweep import DeviceLost
+from perf.sweep import DeviceLost, make_bench, run_sweep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASE = Case("torch", "fp32", T=5, B=3, I=4, H=6)
@@ -25,6 +27,12 @@ CASE = Case("torch", "fp32", T=5, B=3, I=4, H=6)
 def read(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_s_name(monkeypatch):
+    """run_evidence says on what it runs, also where there is no device."""
+    monkeypatch.setattr(evidence, "facts", lambda device: facts(CPU))
 
 
 # Compiling ahead
@@ -104,6 +112,29 @@ def test_kernels_of_all_shapes():
     }
 
 
+def works(device):
+    assert device == CPU
+
+
+def breaks(device):
+    raise RuntimeError("no registers left")
+
+
+def dies(device):
+    os._exit(1)
+
+
+def set_up():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("job, says", [(breaks, "no registers left"), (dies, "BrokenProcessPool")])
+def test_what_does_not_compile_is_told_once_and_ends_nothing(capsys, job, says):
+    assert not ahead.run_on_all_cores([works, job, job, works], CPU, set_up)
+    assert capsys.readouterr().out.count(says) == 1
+    assert ahead.run_on_all_cores([works] * 3, CPU, set_up)
+
+
 def test_nothing_is_compiled_on_a_cpu(monkeypatch):
     monkeypatch.setattr(ahead, "device_limits", lambda device: pytest.fail("asked for a device"))
     ahead.compile_ahead([CASE], CPU)
@@ -125,6 +156,33 @@ def test_accuracy_of_every_result(tmp_path):
         assert 0 <= float(row["rel_err"]) <= float(row["allowed"]) < 1e-5
 
 
+def test_accuracy_without_numbers_is_not_good(tmp_path):
+    """Neither where TriGRU and its yardstick are both NaN, nor where a provider fails; the cases
+    that follow are measured."""
+    path = tmp_path / "accuracy.csv"
+
+    def nan(case, weights, training):
+        layer, parameters, _ = build_torch(case, weights, training)
+        return Provider(lambda x, h0: (layer(x, h0)[0] * float("nan"), h0 * 1), parameters)
+
+    assert not accuracy.run_accuracy([CASE], CPU, path, lambda *_: {"aten": nan, "trigru": nan})
+
+    def fails(case, weights, training):
+        if case.T == 5:
+            raise RuntimeError("no memory")
+        return build_trigru(case, weights, training)
+
+    cases, builders = [CASE, CASE._replace(T=6)], {"aten": build_torch, "trigru": fails}
+    before = len(read(path))
+    assert not accuracy.run_accuracy(cases, CPU, path, lambda *_: builders)
+    rows = read(path)[before:]
+    assert {(r["provider"], r["T"]) for r in rows} == {
+        ("aten", "5"),
+        ("aten", "6"),
+        ("trigru", "6"),
+    }
+
+
 @pytest.mark.parametrize("result", ["y", "dx"])
 def test_an_error_beyond_the_rule_is_reported(tmp_path, result):
     class Scaled(torch.autograd.Function):
@@ -137,7 +195,7 @@ def test_an_error_beyond_the_rule_is_reported(tmp_path, result):
             return dy if result == "y" else dy * (1 + 1e-5)
 
     def build(case, weights, training):
-        layer, parameters = build_trigru(case, weights, training)
+        layer, parameters, _ = build_trigru(case, weights, training)
 
         def changed(x, h0):
             y, h_n = layer(x, h0)
@@ -177,6 +235,12 @@ def test_shapes_of_the_smaller_parts():
     assert max(c.T * c.H for c in long_and_short(False)) <= 2**15
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(evidence.SETS, "smoke", lambda: [CASE, CASE._replace(B=2)])
+    monkeypatch.setattr(evidence, "long_and_short", lambda on_cuda: [CASE])
+
+
 # All parts
 
 
@@ -197,7 +261,7 @@ class Machine:
         folder = Path(command[command.index("--out") + 1])
         if self.grows:
             with (folder / f"{part}.csv").open("a") as file:
-                file.write("row\n")
+                file.write("\n")
         codes = self.codes.get(part, [0])
         return codes.pop(0) if len(codes) > 1 else codes[0]
 
@@ -214,7 +278,25 @@ def test_all_parts_run_in_order(tmp_path, capsys):
     for part, _, command_line in machine.ran:
         assert command_line[:5] == [sys.executable, "-m", "perf", "evidence", "--only"]
         assert said.count(f"{part}: exit code 0 after 1 s\n") == 2  # at once, and all at the end
-    assert run_all(Machine(), tmp_path, CPU)[1] == ["tests", "sweep", "kernels", "accuracy"]
+    assert "UNKNOWN" not in said or not facts(CPU)["commit"]
+    assert run_all(Machine(), tmp_path, CPU)[1] == ["sweep", "kernels", "accuracy"]
+
+
+def test_what_it_comes_to_is_told_last(tiny, tmp_path, capsys):
+    evidence.run_part("sweep", CPU, tmp_path, minutes=1)
+    run_all(Machine(), tmp_path)
+    said = capsys.readouterr().out
+    assert "The sweep has 4 measurements of TriGRU, a shape in one mode each: right in 4." in said
+    assert "Speed relative to nn.GRU (ATen): torch variant, fp32, T = 5" in said
+
+
+def test_an_unknown_commit_is_told(tmp_path, capsys, monkeypatch):
+    here = facts(CPU) | {"device": "a toy", "commit": ""}
+    monkeypatch.setattr(evidence, "facts", lambda device: here)
+    run_all(Machine(), tmp_path)
+    assert (
+        capsys.readouterr().out.count("a toy, commit UNKNOWN: without git, set TRIGRU_COMMIT") == 2
+    )
 
 
 def test_the_sweep_has_the_time_that_the_others_leave(tmp_path):
@@ -232,7 +314,14 @@ def test_parts_that_hang_are_cut_off_in_time(tmp_path, minutes):
     machine = Machine({part: 1e9 for part in evidence.PARTS}, {"tests": [124]})
     good, ran = run_all(machine, tmp_path, minutes=minutes)
     assert not good and ran == list(evidence.PARTS)
-    assert machine.now - 1000 <= 60 * minutes + evidence.GRACE + 5
+    assert machine.now - 1000 <= 60 * minutes + len(evidence.PARTS)
+
+
+def test_tests_have_time_to_tell_what_failed(tmp_path):
+    machine = Machine()
+    run_all(machine, tmp_path)
+    (tests,) = [(limit, c) for part, limit, c in machine.ran if part == "tests"]
+    assert 60 * float(tests[1][-1]) == pytest.approx(tests[0] - evidence.GRACE, abs=1)
 
 
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path):
@@ -241,18 +330,26 @@ def test_a_part_that_fails_costs_the_others_nothing(tmp_path):
         assert not good and ran == list(evidence.PARTS)
 
 
-def test_a_sweep_that_lost_its_device_goes_on_in_a_new_process(tmp_path):
-    good, ran = run_all(Machine(codes={"sweep": [3, 3, 0]}), tmp_path)
-    assert good and ran.count("sweep") == 3
+@pytest.mark.parametrize("code", [evidence.LOST, evidence.FAILED, -11])
+def test_a_sweep_that_was_cut_short_goes_on_in_a_new_process(tmp_path, code):
+    good, ran = run_all(Machine(codes={"sweep": [code, code, 0]}), tmp_path)
+    assert not good and ran.count("sweep") == 3
     # Unless it gets nowhere, or the time is over.
-    good, ran = run_all(Machine(codes={"sweep": [3]}, grows=False), tmp_path)
+    good, ran = run_all(Machine(codes={"sweep": [code]}, grows=False), tmp_path)
     assert not good and ran.count("sweep") == 1
-    good, ran = run_all(Machine({"sweep": 150}, {"sweep": [3]}), tmp_path)
+    good, ran = run_all(Machine({"sweep": 150}, {"sweep": [code]}), tmp_path)
     assert not good and 1 < ran.count("sweep") < 5
 
 
+def test_a_sweep_that_found_something_wrong_is_over(tmp_path):
+    good, ran = run_all(Machine(codes={"sweep": [evidence.WRONG]}), tmp_path)
+    assert not good and ran.count("sweep") == 1
+
+
 def test_a_command_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
-    assert evidence.limited([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+    log = tmp_path / "log.txt"
+    says = "import sys; print(1); print(2, file=sys.stderr); raise SystemExit(7)"
+    assert evidence.limited([sys.executable, "-c", says], 60, log) == 7
     started = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
     code = f"""if True:
         import subprocess, sys, time
@@ -260,7 +357,8 @@ def test_a_command_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
             subprocess.run([sys.executable, "-c", {started!r}], stdout=file)
     """
     begin = time.monotonic()
-    assert evidence.limited([sys.executable, "-c", code], 3) == 124
+    assert evidence.limited([sys.executable, "-c", code], 3, log) == evidence.STOPPED
+    assert sorted(log.read_text().split()) == ["1", "2"]
     pid = int((tmp_path / "pid").read_text())
     while time.monotonic() < begin + 30:
         try:
@@ -290,13 +388,9 @@ def test_the_command_line_runs_all_or_one_part(tmp_path, monkeypatch):
         raise DeviceLost("gone")
 
     monkeypatch.setattr(command, "run_part", lost)
-    assert command.main([*arguments, "--only", "sweep"]) == 3
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(evidence.SETS, "smoke", lambda: [CASE, CASE._replace(B=2)])
-    monkeypatch.setattr(evidence, "long_and_short", lambda on_cuda: [CASE])
+    assert command.main([*arguments, "--only", "sweep"]) == evidence.LOST
+    monkeypatch.setattr(command, "run_part", lambda *_: 1 // 0)
+    assert command.main([*arguments, "--only", "sweep"]) == evidence.FAILED
 
 
 @pytest.mark.parametrize("part", ["sweep", "kernels", "accuracy"])
@@ -316,17 +410,71 @@ def test_a_sweep_without_time_measures_nothing(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("outcome", ["passed", "failed"])
-def test_what_pytest_says_is_kept(tmp_path, monkeypatch, capsys, outcome):
-    (tmp_path / "test_x.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.gpu\n"
-        f"def test_a(): assert {outcome == 'passed'}\n"
-        "def test_not_for_a_gpu(): pass\n"
-    )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+@pytest.fixture
+def pytest_says(tmp_path, monkeypatch):
+    """What the tests in a file are told to say: whether all is well, and the text."""
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
-    assert evidence.run_tests(tmp_path / "tests.txt") == (outcome == "passed")
-    said = (tmp_path / "tests.txt").read_text()
-    assert f"1 {outcome}, 1 deselected in" in said.splitlines()[-1]
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    head = "import os, time, pytest\npytestmark = pytest.mark.gpu\n"
+
+    def run(code, seconds=60.0):
+        (tmp_path / "tests" / "test_x.py").write_text(head + code)
+        good = evidence.run_tests(tmp_path / "tests.txt", time.monotonic() + seconds)
+        return good, (tmp_path / "tests.txt").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("outcome", ["passed", "failed", "skipped"])
+def test_what_pytest_says_is_kept(pytest_says, capsys, outcome):
+    body = {"passed": "pass", "failed": "assert 0", "skipped": "pytest.skip('no device')"}
+    good, said = pytest_says(f"def test_a(): {body[outcome]}\n")
+    assert good == (outcome == "passed")  # without a device nothing is shown by skipping
+    assert f"1 {outcome} in" in said.splitlines()[-1]
     assert said == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "end", [f"pytest.exit('lost', returncode={evidence.LOST})", "os.kill(os.getpid(), 9)"]
+)
+def test_tests_go_on_after_one_that_took_the_device_down(pytest_says, end):
+    code = f"""
+@pytest.mark.parametrize("x", ["(1, 2)-a", "b"])
+def test_a(x): pass
+def test_b(): {end}
+def test_c(): pass
+"""
+    good, said = pytest_says(code)
+    assert not good
+    assert said.count("test_a[(1, 2)-a]") == said.count("test_c PASSED") == 1
+    assert said.count("::test_b") == 1 + ("exit" in end and "test_b FAILED" in said)
+    assert "1 passed" in said.splitlines()[-1]
+
+
+def test_tests_that_hang_are_stopped_and_tell_what_failed(pytest_says):
+    good, said = pytest_says("def test_a(): assert 1 == 2\ndef test_b(): time.sleep(60)\n", 5.0)
+    assert not good and "E   assert 1 == 2" in said and "KeyboardInterrupt" in said
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_a_sweep_on_a_gpu(tmp_path):
+    """Graphs of every provider, with parameters in segments of their own, and all that is read off
+    a device."""
+    shapes = [
+        Case("torch", "bf16", T=20, B=16, I=1024, H=1024, layers=2),
+        Case("torch", "fp32", T=20, B=3, I=100, H=100, directions=2),
+        Case("textbook", "bf16", T=20, B=16, I=1024, H=1024),
+    ]
+    path, bench = tmp_path / "sweep.csv", make_bench(CUDA, 0.01)
+    assert run_sweep(shapes, path, bench)
+    rows = read(path)
+    assert [r["status"] for r in rows] == ["ok"] * 12
+    assert all(float(r["p50_us"]) > 0 and int(r["peak_bytes"]) > 0 for r in rows)
+    assert kernels.run_kernels(shapes[:1], CUDA, tmp_path / "kernels.csv")
+    launched = {r["kernel"] for r in read(tmp_path / "kernels.csv") if r["provider"] == "trigru"}
+    assert any("_gru_backward_kernel" in name for name in launched)
+    assert accuracy.run_accuracy(shapes, CUDA, tmp_path / "accuracy.csv")

@@ -68,13 +68,17 @@ FAST = {  # no term is over 1 µs, but for that of the launch
 
 
 def write(path, measured, device="toy", name="exchange"):
-    """What was measured, as run_floors writes it."""
+    """What was measured, as run_floors writes it: the fast end of each interval counts."""
     for key, value in measured.items():
         if isinstance(key, Exchange):
             what = key._asdict() | {"name": name}
         else:
             what = dict.fromkeys(Exchange._fields) | {"name": key[0], "dtype": key[1]}
-        row = dict.fromkeys(COLUMNS) | what | {"device": device, "p20": -1, "p50": value, "p80": -1}
+        short = what["name"] in ("graph", name)
+        row = (
+            dict.fromkeys(COLUMNS) | what | {"device": device, "unit": "us" if short else "a rate"}
+        )
+        row |= {"p20": -1, "p50": -1, "p80": -1, "p20" if short else "p80": value}
         append_row(path, COLUMNS, row)
 
 
@@ -266,9 +270,8 @@ def test_real_exchanges_run_at_once_and_fit_into_memory(sm):
         assert exchange.programs * exchange.BLOCK_H == exchange.H_pad
         assert not plan.solo and exchange.slices * exchange.H_pad % exchange.BLOCK_K == 0
         row = exchange.slices * exchange.H_pad * (4 if exchange.dtype == "fp32" else 2)
-        assert (
-            floor_kernels.STEPS[1] * exchange.turns * exchange.groups * exchange.rows * row < 2**30
-        )
+        step = exchange.turns * exchange.groups * exchange.rows * row
+        assert step * floor_kernels.LEAST_STEPS < 2**28
 
 
 class FakeClock:
@@ -301,20 +304,37 @@ def test_a_step_is_the_difference_of_a_long_launch_and_a_short_one(monkeypatch, 
         arrived += 1
 
     monkeypatch.setattr(floor_kernels, "exchange_alone", exchange_alone)
-    monkeypatch.setattr(floor_kernels, "STEPS", (4, 11))
+    monkeypatch.setattr(floor_kernels, "MOST_STEPS", 10)
+    monkeypatch.setattr(floor_kernels, "LEAST_STEPS", 10)
     got = floor_kernels.measure_exchange(exchange, "the plan", CPU, FakeClock(), barrier=barrier)
-    assert launched == [(4 * turns, 3, 5, 1536), (11 * turns, 3, 5, 1536)] * (3 + 5)
+    assert launched == [(2 * turns, 3, 5, 1536), (10 * turns, 3, 5, 1536)] * (1 + 3 + 9)
     # The n-th round calls: reset, short, reset, long.
-    assert got == [((4 * n + 4) ** 2 - (4 * n + 2) ** 2) / 7 for n in range(3, 8)]
+    assert got == [((4 * n + 4) ** 2 - (4 * n + 2) ** 2) / 8 for n in range(3, 12)]
 
 
-def test_a_launch_that_gave_up_is_no_measurement(monkeypatch):
+@pytest.mark.parametrize(
+    "groups, rows, slices, steps", [(1, 1, 1, 1000), (4, 16, 1, 256), (64, 16, 3, 50)]
+)
+def test_l2_holds_what_is_exchanged(monkeypatch, groups, rows, slices, steps):
+    lengths = set()
+    monkeypatch.setattr(floor_kernels, "exchange_alone", lambda y, *_: lengths.add(len(y)))
+    exchange = FORWARD._replace(groups=groups, rows=rows, slices=slices)  # of H = 512, 2 bytes
+    floor_kernels.measure_exchange(exchange, "the plan", CPU, FakeClock())
+    assert lengths == {steps, steps // 5}
+
+
+@pytest.mark.parametrize("later", [0, 20])
+def test_a_launch_that_gave_up_is_no_measurement(monkeypatch, later):
+    clock = FakeClock()
+
     def exchange_alone(y, *_):
-        launch.error_flag(y.device).fill_(1)
+        if clock.ran >= later:
+            launch.error_flag(y.device).fill_(1)
 
     monkeypatch.setattr(floor_kernels, "exchange_alone", exchange_alone)
     with pytest.raises(launch.ExchangeTimeout):
-        floor_kernels.measure_exchange(FORWARD, "the plan", CPU, FakeClock())
+        floor_kernels.measure_exchange(FORWARD, "the plan", CPU, clock)
+    assert (clock.ran == 0) == (later == 0)  # no more launches that would wait as long
 
 
 def test_a_launch_is_cooperative(monkeypatch):
@@ -399,7 +419,11 @@ def test_constants_from_times(monkeypatch):
 def test_what_is_written_is_what_floors_need(known_plans, monkeypatch, tmp_path):
     """run_floors without a device: the measurements are made up, all else is real."""
     path, cases = tmp_path / "floors.csv", [GROUP, SOLO, GROUP._replace(variant="textbook")]
-    constants = [(*key, [value] * 2, "a unit") for key, value in FAST.items() if len(key) == 2]
+    constants = [
+        (*key, [value] * 2, "us" if key[0] == "graph" else "a rate")
+        for key, value in FAST.items()
+        if len(key) == 2
+    ]
     times = {False: iter(range(1, 9)), True: iter(range(100, 109))}
     for name, value in {
         "facts": lambda device: dict.fromkeys(FACTS[:-1], "toy"),
@@ -421,6 +445,28 @@ def test_what_is_written_is_what_floors_need(known_plans, monkeypatch, tmp_path)
         "barrier,bf16,32,1,16,16,16,256,512,1,1,100.0,100.0,100.0,us"
     )
     assert all(row["sm"] == "toy" and row["date"] for row in rows)
+
+
+def test_an_exchange_that_gave_up_costs_the_others_nothing(known_plans, monkeypatch, tmp_path):
+    def measure_exchange(exchange, *_, barrier):
+        if exchange.slices == 3:
+            raise launch.ExchangeTimeout("gave up")
+        return [1.0, 1.0]
+
+    for name, value in {
+        "facts": lambda device: dict.fromkeys(FACTS[:-1], "toy"),
+        "device_limits": lambda device: H100,
+        "measure_constants": lambda device, clock: iter(()),
+        "measure_exchange": measure_exchange,
+    }.items():
+        monkeypatch.setattr(floor_kernels, name, value)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    cases = [GROUP, GROUP._replace(variant="textbook")]
+    assert not run_floors(cases, CUDA, tmp_path / "floors.csv", clock=FakeClock())
+    assert [row["name"] for row in read(tmp_path / "floors.csv")] == [
+        "exchange", "barrier", "exchange", "exchange",
+    ]  # fmt: skip
+    assert run_floors(cases[1:], CUDA, tmp_path / "floors.csv", clock=FakeClock())
 
 
 # The kernels, interpreted

@@ -9,7 +9,6 @@ from numerics import assert_within_rule
 from torch import nn
 
 from perf.ahead import compile_ahead
-from perf.measure import is_lost
 from perf.shapes import Case
 from trigru import TriGRU, forward, gru, launch, ops
 from trigru.accuracy import (
@@ -54,14 +53,6 @@ def _compiled_on_all_cores():
         ],
         torch.device(DEVICE),
     )
-
-
-@pytest.fixture(autouse=True)
-def _no_wait_gave_up(request):
-    yield
-    if is_lost(torch.device(DEVICE)):
-        pytest.exit(f"the device failed in {request.node.name}, and with it all that would follow")
-    launch.raise_if_failed(torch.device(DEVICE, torch.cuda.current_device()))
 
 
 @pytest.fixture(params=[True, False], ids=["tf32", "ieee"])

@@ -5,6 +5,8 @@ import csv
 import math
 import sys
 import types
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 import perf.sweep
 from perf import __main__ as command
 from perf import measure, providers, train
-from perf.measure import append_row, facts, interleave, percentiles
+from perf.measure import append_row, captured, facts, interleave, percentiles
 from perf.problem import exact_results, make_call, make_problem
 from perf.providers import (
     NoKernel,
@@ -84,7 +86,7 @@ def changed(change):
     """TriGRU's builder with its layer's output y replaced by change(y)."""
 
     def build(case, weights, training):
-        layer, parameters = build_trigru(case, weights, training)
+        layer, parameters, _ = build_trigru(case, weights, training)
 
         def changed_layer(x, h0):
             y, h_n = layer(x, h0)
@@ -234,7 +236,7 @@ def test_nothing_is_timed_against_a_yardstick_that_failed(tmp_path, useless):
     def build(case, weights, training):
         if not useless:
             raise RuntimeError("no")
-        layer, parameters = build_torch(case, weights, training)
+        layer, parameters, _ = build_torch(case, weights, training)
         return Provider(lambda x, h0: tuple(-t for t in layer(x, h0)), parameters)
 
     clock = FakeClock()
@@ -265,29 +267,99 @@ def test_without_a_kernel_nothing_is_wrong(tmp_path):
     assert [r["status"] for r in rows if r["provider"] == "trigru"] == ["no kernel: too large"] * 2
 
 
-def test_what_is_captured_is_timed(tmp_path):
-    """On a GPU the graph of a call is timed in its place, if there can be one."""
-    replayed = []
+class Graphs:
+    """Stands in for CUDA graphs: each keeps nothing alive of what it reads, as theirs do."""
+
+    def __init__(self, monkeypatch):
+        self.replayed = 0
+        graphs = self
+
+        class Graph:
+            def __init__(self):
+                self.reads = graphs.read  # of all providers so far in this mode
+
+            def replay(self):
+                graphs.replayed += 1
+                assert all(reference() is not None for reference in self.reads)
+
+        class Nothing(nullcontext):
+            def wait_stream(self, stream):
+                pass
+
+        self.read = []
+        for name, value in {
+            "CUDAGraph": Graph, "graph": lambda graph, stream: Nothing(), "Stream": Nothing,
+            "current_stream": Nothing, "stream": nullcontext,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def reads(self, build):
+        """A builder, called once for each mode, whose parameters the graphs read."""
+
+        def built(case, weights, training):
+            provider = build(case, weights, training)
+            self.read = [] if build is build_torch else self.read
+            self.read += [weakref.ref(parameter) for parameter in provider.parameters]
+            return provider
+
+        return built
+
+
+def test_graphs_are_timed_and_keep_what_they_read(tmp_path, monkeypatch):
+    graphs = Graphs(monkeypatch)
+    build = {"aten": graphs.reads(build_torch), "trigru": graphs.reads(build_trigru)}
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH._replace(H=9)], build, capture=captured)
+    assert good and [r["status"] for r in rows] == ["ok"] * 4
+    assert graphs.replayed == 4 * (3 + 5 + 1)  # to warm up, to be timed, to be judged
+
+
+def test_what_was_timed_is_judged(tmp_path):
+    """A graph could compute something else than the call that it was captured from."""
 
     def capture(call):
-        if len(call()) > 2:
-            raise RuntimeError("no capture of gradients")
-        return lambda: replayed.append(call)
+        return lambda: tuple(0.5 * t for t in call())
 
     rows, good = sweep(tmp_path / "sweep.csv", [TORCH], capture=capture)
-    assert good and all(r["p50_us"] for r in rows)
-    assert [r["status"] for r in rows] == ["ok"] * 2 + [
-        "ok: no graph: RuntimeError: no capture of gradients"
-    ] * 2
-    assert len(replayed) == 2 * (3 + 5) and len(set(replayed)) == 2
+    assert not good and not any(r["p50_us"] for r in rows)
+    assert all(r["status"].startswith("wrong: ") for r in rows)
+    assert all(r["status"].endswith(", when timed") for r in rows)
 
 
-def test_floors_are_those_of_the_case_and_the_mode(tmp_path):
+def test_what_cannot_be_captured_is_timed_with_its_python(tmp_path):
+    def build(case, weights, training):
+        return build_trigru(case, weights, training)._replace(synchronises=True)
+
+    captures = []
+
+    def capture(call):
+        captures.append(call)
+        return call
+
+    path = tmp_path / "sweep.csv"
+    rows, good = sweep(path, [TORCH], {"trigru": build}, capture=capture)
+    assert good and all(r["p50_us"] for r in rows) and len(captures) == 2  # nn.GRU's
+    assert [r["status"] for r in rows] == ["ok", "ok: no graph, as it synchronises"] * 2
+
+
+def test_a_failed_capture_ends_the_process_after_the_shape(tmp_path):
+    def capture(call):
+        raise RuntimeError("operation not permitted")
+
+    path = tmp_path / "sweep.csv"
+    with pytest.raises(DeviceLost, match="a capture failed in Case"):
+        sweep(path, [TORCH, TEXTBOOK], capture=capture)
+    rows = read(path)
+    assert len(rows) == 4 and all(r["p50_us"] for r in rows)
+    said = "ok: capture failed: RuntimeError: operation not permitted"
+    assert {r["status"] for r in rows} == {said}
+
+
+def test_floors_are_trigru_s_by_case_and_mode(tmp_path):
     def floor(case, mode):
         return 10.00049 * case.B if mode == "forward" else None
 
     rows, _ = sweep(tmp_path / "sweep.csv", [TORCH], floor=floor)
-    assert [r["floor_us"] for r in rows] == ["30.001", "30.001", "", ""]
+    assert [r["floor_us"] for r in rows] == ["", "30.001", "", ""]
 
 
 def test_a_sweep_goes_on_where_its_file_ends(tmp_path):
