@@ -56,7 +56,7 @@ def core() -> list[Case]:
 def measured_by_all(case: Case) -> bool:
     """Whether the providers join that take long to build or to run."""
     plain = (case.dtype, case.T, case.layers, case.directions) == ("bf16", 512, 1, 1)
-    return plain and case.B in (1, 64) and case.H in (256, 1024)
+    return plain and (case.B, case.H) in ((1, 256), (64, 1024))
 
 
 def long_and_short(on_cuda: bool) -> Iterator[Case]:

@@ -491,7 +491,7 @@ def test_torchrl_gets_batches_first_in_float32(monkeypatch):
 
 def test_the_yardstick_comes_first(monkeypatch):
     monkeypatch.setattr(providers, "find_spec", lambda name: name == "torchrl" or None)
-    many = TORCH._replace(dtype="bf16", T=512, B=64, H=256)
+    many = TORCH._replace(dtype="bf16", T=512, B=64, H=1024)
     for case, device, names in (
         (TORCH, CPU, "aten trigru"),
         (TORCH, torch.device("cuda"), "cudnn trigru"),
@@ -511,7 +511,7 @@ def test_the_sets_have_what_they_promise():
     assert len(core) - len(deep) - len(other_T) == 2 * 3 * 8 * 7
     assert len(other_T) == 2 * 3 * 3 * 7 and {c.H for c in other_T} == {512}
     assert len(deep) == 2 * 3 * 3 * 3 * 2
-    assert sum(map(measured_by_all, core)) == 8
+    assert sum(map(measured_by_all, core)) == 4
     # What a sweep that is cut off early has: nn.GRU's equation in bfloat16, all sizes, coarsely.
     first = [(c.variant, c.dtype) for c in core[:62]]
     assert set(first) == {("torch", "bf16")}
