@@ -244,7 +244,7 @@ def test_what_the_pictures_say(said, tmp_path):
         " 20 µs, 10.0×",
         " 40 µs, 20.0×",
     ]
-    where = "bf16; B = 1, 64; H = 256, 1024; 4 in all"
+    where = "bf16; B = 1, 64; H = 256, 1024; 2 in all"
     assert f"Remark on a plain torch loop ({where}): {GRAPH[4:]}" in peers.note.splitlines()
     # Each other picture says what is missing of the two that it shows, and no more.
     cudnn = "No time for nn.GRU (cuDNN)"
