@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,7 @@ def test_an_error_beyond_the_rule_is_reported(tmp_path, result):
 
 def test_kernels_that_each_provider_runs(tmp_path):
     path = tmp_path / "kernels.csv"
-    kernels.run_kernels([CASE], CPU, path)
+    assert kernels.run_kernels([CASE], CPU, path)
     rows = read(path)
     launched = {}
     for row in rows:
@@ -224,6 +225,16 @@ def test_kernels_that_each_provider_runs(tmp_path):
     for (mode, _), names in launched.items():
         assert "aten::gru" in names
         assert any("Backward" in name for name in names) == (mode == "training")
+
+
+def test_a_profile_without_kernels_is_told(tmp_path, monkeypatch):
+    class Empty(nullcontext):
+        def key_averages(self):
+            return []
+
+    monkeypatch.setattr(kernels, "profile", lambda activities: Empty())
+    monkeypatch.setattr(Empty, "__enter__", lambda self: self)
+    assert not kernels.run_kernels([CASE], CPU, tmp_path / "kernels.csv")
 
 
 def test_shapes_of_the_smaller_parts():
