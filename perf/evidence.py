@@ -83,8 +83,8 @@ def run_tests(path: Path, end: float) -> bool:
         arguments = [argument for test in ran for argument in ("--deselect", test)]
         with path.open("a", encoding="utf-8") as file:
             tests = subprocess.Popen(
-                command + arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                command + arguments, cwd=ROOT, encoding="utf-8", errors="replace",
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             timer = Timer(max(0, end - time.monotonic()), tests.send_signal, [signal.SIGINT])
             timer.start()
@@ -107,8 +107,8 @@ def limited(command: list[str], seconds: float, log: Path) -> int:
     and all that it started was stopped after so many seconds."""
     environment = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"} | os.environ
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=ROOT, env=environment, encoding="utf-8", errors="replace",
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
     def tell() -> None:
@@ -159,7 +159,8 @@ def run_evidence(
         good = good and code == 0
         said.append(f"{part}: exit code {code} after {clock() - start:.0f} s")
         print(said[-1], flush=True)
-    print("\n".join(["", summary_of(folder), "", *said]))
+    print("\n".join(["", *said, ""]), flush=True)
+    print(summary_of(folder))
     return good
 
 

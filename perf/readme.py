@@ -114,17 +114,29 @@ def status(rows: Sequence[Row], tests: Path) -> str:
 
 
 def test_results(path: Path) -> str:
-    """A sentence on what pytest says in its last line."""
+    """A sentence on what pytest says, in all the processes that the tests took."""
     if not path.exists():
         return "There is no record of the GPU tests."
     text = path.read_text(encoding="utf-8")
     lines = re.findall(r"^[= ]*(\d+ \w+(?:, \d+ \w+)*) in \d", text, re.M)
-    parts = lines[-1].split(", ") if lines else []
-    counts = [part for part in parts if not re.search("deselected|warning", part)]
-    if not counts:
-        return "**The GPU tests did not finish.**"
-    said = f"GPU tests: {', '.join(counts)}."
-    return f"**{said}**" if re.search("failed|error", said) else said
+    counts: Counter[str] = Counter()
+    for count, word in re.findall(r"(\d+) (\w+)", " ".join(lines)):
+        counts[word.removesuffix("s")] += int(count)
+    said = [
+        f"{counts[word]} {word}"
+        for word in ("failed", "error", "passed", "skipped")
+        if counts[word]
+    ]
+    processes = text.count("test session starts")
+    troubles = []
+    if not said or "KeyboardInterrupt !!!" in text or processes > max(1, len(lines)):
+        troubles.append("did not all finish")
+    if processes > 1 or "outcomes.Exit" in text:
+        troubles.append("took the device down")
+    tests = f"GPU tests: {', '.join(said)}." if said else ""
+    if troubles:
+        tests = f"{tests} The GPU tests {' and '.join(troubles)}.".lstrip()
+    return f"**{tests}**" if troubles or counts["failed"] or counts["error"] else tests
 
 
 def table(rows: Sequence[Row]) -> list[str]:

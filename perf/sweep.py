@@ -198,6 +198,8 @@ def without_python(
         return call, "ok: no graph, as it synchronises"
     try:
         return capture(call), "ok"
+    except torch.OutOfMemoryError as error:
+        return call, f"ok: no graph: {_text(error)}"
     except RuntimeError as error:
         return call, f"ok: capture failed: {_text(error)}"
 

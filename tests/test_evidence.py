@@ -359,7 +359,8 @@ def test_a_sweep_that_found_something_wrong_is_over(tmp_path):
 
 def test_a_command_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     log = tmp_path / "log.txt"
-    says = "import sys; print(1); print(2, file=sys.stderr); raise SystemExit(7)"
+    says = "import sys; print(1); print(2, file=sys.stderr); sys.stdout.buffer.write(b'\\xff');"
+    says += "sys.exit(7)"
     assert evidence.limited([sys.executable, "-c", says], 60, log) == 7
     started = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
     code = f"""if True:
@@ -369,7 +370,7 @@ def test_a_command_is_stopped_at_its_limit_with_all_that_it_started(tmp_path):
     """
     begin = time.monotonic()
     assert evidence.limited([sys.executable, "-c", code], 3, log) == evidence.STOPPED
-    assert sorted(log.read_text().split()) == ["1", "2"]
+    assert sorted(log.read_text().split()) == ["1", "2", "\N{REPLACEMENT CHARACTER}"]
     pid = int((tmp_path / "pid").read_text())
     while time.monotonic() < begin + 30:
         try:

@@ -641,7 +641,7 @@ def test_both_clocks_are_read_around_the_spin(sm):
 def test_floors_of_a_device(tmp_path):
     path, device = tmp_path / "floors.csv", torch.device("cuda", torch.cuda.current_device())
     cases = [GROUP._replace(I=512), GROUP._replace(H=256, dtype="fp32", variant="textbook")]
-    run_floors(cases, device, path)
+    assert run_floors(cases, device, path)
     names = {"bandwidth", "matmul", "clock", "launch", "graph", "exchange", "barrier"}
     assert {row["name"] for row in read(path)} == names
     for row in read(path):

@@ -341,6 +341,15 @@ def test_what_cannot_be_captured_is_timed_with_its_python(tmp_path):
     assert [r["status"] for r in rows] == ["ok", "ok: no graph, as it synchronises"] * 2
 
 
+def test_without_memory_for_a_graph_the_sweep_goes_on(tmp_path):
+    def capture(call):
+        raise torch.OutOfMemoryError("out of memory")
+
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH, TEXTBOOK], capture=capture)
+    assert good and len(rows) == 8 and all(r["p50_us"] for r in rows)
+    assert {r["status"] for r in rows} == {"ok: no graph: OutOfMemoryError: out of memory"}
+
+
 def test_a_failed_capture_ends_the_process_after_the_shape(tmp_path):
     def capture(call):
         raise RuntimeError("operation not permitted")

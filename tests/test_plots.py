@@ -447,17 +447,37 @@ def test_readme_says_which_kernels_were_measured(tmp_path, hashes, says):
     assert says in readme.status([*rows, yardstick], tmp_path / "tests.txt")
 
 
+STARTS = "==== test session starts ====\n"
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
         ("129 passed, 1502 deselected in 203.44s", "GPU tests: 129 passed."),
         (
-            "1 passed in 2.0s\n== 3 failed, 126 passed, 2 skipped, 9 deselected, 2 warnings, "
+            "== 3 failed, 126 passed, 2 skipped, 9 deselected, 2 warnings, "
             "1 error in 203.44s (0:03:23) ==\n",
-            "**GPU tests: 3 failed, 126 passed, 2 skipped, 1 error.**",
+            "**GPU tests: 3 failed, 1 error, 126 passed, 2 skipped.**",
         ),
-        ("tests/a.py::test_1 passed in 3 steps\n", "**The GPU tests did not finish.**"),
-        ("1502 deselected in 2.0s", "**The GPU tests did not finish.**"),
+        ("tests/a.py::test_1 passed in 3 steps\n", "**The GPU tests did not all finish.**"),
+        ("1502 deselected in 2.0s", "**The GPU tests did not all finish.**"),
+        (
+            f"{STARTS}!!! _pytest.outcomes.Exit: the device failed !!!\n== 1 failed in 2.0s ==\n"
+            f"{STARTS}== 2 passed, 1 deselected in 1.0s ==\n",
+            "**GPU tests: 1 failed, 2 passed. The GPU tests took the device down.**",
+        ),
+        (
+            f"{STARTS}Fatal Python error: Segmentation fault\n{STARTS}== 2 passed in 1.0s ==\n",
+            "**GPU tests: 2 passed. The GPU tests did not all finish and took the device down.**",
+        ),
+        (
+            f"{STARTS}!!! KeyboardInterrupt !!!\n== 1 passed in 9.0s ==\n",
+            "**GPU tests: 1 passed. The GPU tests did not all finish.**",
+        ),
+        (
+            f"{STARTS}!!! _pytest.outcomes.Exit: the device failed !!!\n== 2 passed in 2.0s ==\n",
+            "**GPU tests: 2 passed. The GPU tests took the device down.**",
+        ),
     ],
 )
 def test_readme_says_how_the_gpu_tests_ended(tmp_path, text, says):
