@@ -102,7 +102,10 @@ def compile_kernel(kernel: Kernel, device: torch.device, T: int = 1, B: int = 1)
         return torch.empty(shape, dtype=DTYPES[kernel.dtype], device=device)
 
     h0, w_hh, y = new(D, B, H), new(D, 3 * H, H), new(T, B, D, H)
-    switches: dict[str, Any] = {"textbook": textbook, "reverse": False, "plan": plan}
+    switches: dict[str, Any] = {
+        "offsets": None, "textbook": textbook, "reverse": False, "bidirectional": D == 2,
+        "plan": plan,
+    }  # fmt: skip
     if kernel.backward:
         gates = new(T, B, D, 3 if textbook else 4, H)
         backward.gru_backward(y, new(D, B, H), h0, w_hh, y, gates, **switches)

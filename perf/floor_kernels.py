@@ -15,7 +15,7 @@ from triton.language.extra.cuda import globaltimer
 from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
 from trigru.launch import ExchangeTimeout, error_flag, raise_if_failed, wait_limit
 from trigru.plan import LaunchPlan, device_limits
-from trigru.tiles import operand_mask, operand_offsets
+from trigru.tiles import beside_operand, operand_offsets
 
 from .floors import COLUMNS, PRODUCTS, Exchange, exchanges
 from .measure import (
@@ -112,7 +112,7 @@ def _exchange_kernel(
     offs_b = tl.arange(0, BLOCK_B)  # [BLOCK_B]
     mask_b = offs_b < rows
     mask = (offs_h < H_PAD)[:, None] & mask_b[None, :]  # [BLOCK_H, BLOCK_B]
-    mask_operand = operand_mask(mask_b, SPLIT_K)
+    mask_operand = beside_operand(mask_b, SPLIT_K)
     own = offs_b[None, :] * ROW + offs_h[:, None]  # [BLOCK_H, BLOCK_B]
     offs_operand = operand_offsets(offs_b, ROW, BLOCK_K, SPLIT_K)
 

@@ -23,7 +23,7 @@ Clock = Callable[[Sequence[Call]], list[float]]  # runs the calls in order → m
 
 KERNEL_SOURCES = (
     "exchange.py", "tiles.py", "forward.py", "backward.py", "launch.py", "plan.py", "ops.py",
-    "layer.py", "reference.py",
+    "derivatives.py", "layer.py", "reference.py",
 )  # fmt: skip
 FACTS = ("device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
 WARM_UP_ROUNDS = 3

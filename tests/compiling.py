@@ -50,10 +50,13 @@ def compile_plan(
     backward: bool,
     textbook: bool,
     tf32: bool = True,
+    packed: bool = False,
 ) -> Compiled:
     """The kernel as the JIT would compile it for training with this plan."""
     kernel = _gru_backward_kernel if backward else _gru_forward_kernel
-    switches = {"TEXTBOOK": textbook, "REVERSE": False}
+    switches = {
+        "TEXTBOOK": textbook, "REVERSE": False, "BIDIRECTIONAL": plan.D == 2, "PACKED": packed,
+    }  # fmt: skip
     if not backward:
         switches |= {"HAS_BIAS": not textbook, "SAVE": True}
     constants = compile_time(plan, tf32 and dtype == torch.float32, **switches)
@@ -65,7 +68,8 @@ def compile_plan(
         elif name in scalars:
             signature[name] = scalars[name]
         else:
-            signature[name] = "*i32" if name == "error_ptr" else "*" + ELEMENT[dtype]
+            pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64"}
+            signature[name] = pointers.get(name, "*" + ELEMENT[dtype])
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": plan.num_warps, "num_stages": 1}

@@ -5,12 +5,15 @@ of the launch in a process of its own, and the bound on waits, which counts poll
 """
 
 import torch
+import triton
+import triton.language as tl
 from concurrent_interpreter import Concurrently
 from numerics import assert_within_rule
 
-from trigru import backward, forward, launch, ops, reference
+from trigru import backward, derivatives, forward, launch, reference
 from trigru.accuracy import RESULTS, problem, yardsticks
 from trigru.plan import LaunchPlan
+from trigru.tiles import steps_of_tile
 
 POLLS = 10**5  # at 0.1 ms and more each
 FORWARD, BACKWARD = forward._gru_forward_kernel, backward._gru_backward_kernel
@@ -34,23 +37,28 @@ def make_plan(
 
 def run_kernels(
     inputs: dict, cotangents: dict, plan: LaunchPlan, *, textbook: bool, reverse: bool = False,
-    here: bool = False,
+    offsets: torch.Tensor | None = None, here: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Forward and backward through the library's launchers and its weight gradients."""
     forward._gru_forward_kernel = FORWARD if here else Concurrently(FORWARD)
     backward._gru_backward_kernel = BACKWARD if here else Concurrently(BACKWARD)
     launch.wait_limit = lambda T: POLLS
     h0, w_hh = inputs["h0"], inputs["w_hh"]
-    y, h_n, gates, rh = forward.gru_forward(
-        **inputs, textbook=textbook, reverse=reverse, save=True, plan=plan
+    walk = {"reverse": reverse, "bidirectional": plan.D == 2}
+    y, h_n, gates = forward.gru_forward(
+        **inputs, offsets=offsets, textbook=textbook, **walk, save=True, plan=plan
     )
     dgx, dgh, dh0 = backward.gru_backward(
-        cotangents["dy"], cotangents["dh_n"], h0, w_hh, y, gates,
-        textbook=textbook, reverse=reverse, plan=plan,
+        cotangents["dy"], cotangents["dh_n"], h0, w_hh, y, gates, offsets,
+        textbook=textbook, **walk, plan=plan,
     )  # fmt: skip
     launch.raise_if_failed(y.device)
-    before = reference.states_before(y, h0, reverse=reverse)
-    dw_hh, db_hh = ops.weight_gradients(dgh, before, rh if textbook else before)
+    before = reference.states_before(y, h0, offsets, **walk)
+    dw_hh, db_hh = (
+        derivatives.weight_gradients(dgx, before, gates[..., 0, :] * before)
+        if textbook
+        else derivatives.weight_gradients(dgh, before, before)
+    )
     names = RESULTS[:-1] if inputs["b_hh"] is None else RESULTS
     return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
 
@@ -67,15 +75,39 @@ def warm_up() -> None:
 
 def within_rule(
     T: int, B: int, plan: LaunchPlan, dtype: torch.dtype, *, textbook: bool, reverse: bool = False,
-    bias: bool = True,
+    bias: bool = True, lengths: list[int] | None = None,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    inputs, cotangents = problem(T, B, plan.D, plan.H, textbook=textbook, dtype=dtype)
+    offsets = None if lengths is None else offsets_of(lengths)
+    inputs, cotangents = problem(
+        T, B, plan.D, plan.H, textbook=textbook, dtype=dtype, offsets=offsets
+    )
     if not bias:
         inputs["b_hh"] = None
-    actual = run_kernels(inputs, cotangents, plan, textbook=textbook, reverse=reverse)
-    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, reverse=reverse)
+    how = {"textbook": textbook, "reverse": reverse, "offsets": offsets}
+    actual = run_kernels(inputs, cotangents, plan, **how)
+    exact, yardstick = yardsticks(inputs, cotangents, **how)
     assert_within_rule(actual, exact, yardstick)
+
+
+def offsets_of(lengths: list[int]) -> torch.Tensor:
+    """Where each step's rows begin, for packed sequences of these lengths, the longest first."""
+    assert lengths == sorted(lengths, reverse=True)
+    running = [sum(n > t for n in lengths) for t in range(lengths[0])]
+    return torch.tensor([0, *running]).cumsum(0)
+
+
+@triton.jit
+def _steps_kernel(offsets_ptr, steps_ptr, T, PACKED: tl.constexpr):
+    row0 = tl.program_id(0)
+    tl.store(steps_ptr + row0, steps_of_tile(offsets_ptr, row0, T, PACKED))
+
+
+def tiles_end_with_their_first_sequence(lengths: list[int]) -> None:
+    offsets, steps = offsets_of(lengths), torch.zeros(len(lengths), dtype=torch.int32)
+    for packed in (True, False):
+        _steps_kernel[(len(lengths),)](offsets, steps, lengths[0], packed)
+        assert steps.tolist() == (lengths if packed else [lengths[0]] * len(lengths))
 
 
 def same_bits_twice(plan: LaunchPlan, *, textbook: bool) -> None:
@@ -120,8 +152,8 @@ def missing_program_is_reported(plan: LaunchPlan, *, textbook: bool) -> None:
     inputs, cotangents = problem(5, 3, plan.D, plan.H, textbook=textbook, dtype=torch.float32)
     forward._gru_forward_kernel = Concurrently(FORWARD, missing=(1, 0, 0))
     launch.wait_limit = lambda T: 100
-    kwargs = {"textbook": textbook, "reverse": False, "save": True, "plan": plan}
-    y, _, _, _ = forward.gru_forward(**inputs, **kwargs)
+    walk = {"textbook": textbook, "reverse": False, "bidirectional": False}
+    y, _, _ = forward.gru_forward(**inputs, offsets=None, **walk, save=True, plan=plan)
     assert y[1:].isnan().all()
     for _ in range(2):  # the next launch refuses, once; then the flag is down again
         try:

@@ -102,6 +102,14 @@ def test_tf32_operands_are_rounded(backward, textbook, H):
     assert compiled.ptx.count("cvt.rna.tf32.f32") == elements // threads
 
 
+@pytest.mark.parametrize("H", [60, 256, 1024], ids=["solo", "group", "large group"])
+@pytest.mark.parametrize(("backward", "textbook"), PASSES)
+def test_packed(backward, textbook, H):
+    plan, compiled = build(90, BF16, H, 64, backward, textbook, packed=True)
+    check(plan, compiled, 2, backward, textbook)
+    assert compiled.count("LDL") == compiled.count("STL") == 0, f"{compiled.registers} registers"
+
+
 def test_a_layer_of_two_directions():
     plan = plan_launch(TARGETS[90], B=16, H=512, D=2, itemsize=2, backward=False, textbook=False)
     assert plan.directions == 2

@@ -27,6 +27,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WALK = {"offsets": None, "textbook": False, "reverse": False, "bidirectional": False}
 VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
 NAMES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 DTYPES = pytest.mark.parametrize("dtype", NAMES.values(), ids=NAMES)
@@ -63,9 +64,9 @@ def tf32(request):
     torch.backends.cudnn.rnn.fp32_precision = before
 
 
-def run(inputs, cotangents, *, textbook, reverse=False):
+def run(inputs, cotangents, *, textbook, reverse=False, offsets=None):
     def recurrence(gx, h0, w_hh, b_hh):
-        return ops.recurrence(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)
+        return ops.recurrence(gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse)
 
     return differentiate(recurrence, inputs, cotangents)
 
@@ -106,6 +107,34 @@ def test_reversed(H, textbook):
     exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, reverse=True)
     actual = run(inputs, cotangents, textbook=textbook, reverse=True)
     assert_within_rule(actual, exact, yardstick)
+
+
+@VARIANTS
+@pytest.mark.parametrize(
+    "dtype, B, D, H",
+    [(BF16, 37, 2, 64), (BF16, 200, 1, 512), (FP16, 20, 2, 1000), (FP32, 70, 1, 300)],
+    ids=str,
+)
+def test_packed(dtype, B, D, H, textbook):
+    lengths = torch.randint(1, 40, (B,)).sort(descending=True).values
+    running = (lengths > torch.arange(int(lengths[0]))[:, None]).sum(1)
+    offsets = nn.functional.pad(running.cumsum(0), (1, 0)).to(DEVICE)
+    how = {"textbook": textbook, "offsets": offsets}
+    inputs, cotangents = problem(0, B, D, H, dtype=dtype, device=DEVICE, **how)
+    exact, yardstick = yardsticks(inputs, cotangents, **how)
+    assert_within_rule(run(inputs, cotangents, **how), exact, yardstick)
+
+
+def test_packed_sequences_in_a_graph_are_refused():
+    layer = TriGRU(8, 64, device=DEVICE)
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 8, device=DEVICE)])
+    layer(packed)
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="give the layer padded input"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        layer(packed)
 
 
 @VARIANTS
@@ -165,6 +194,73 @@ def test_arguments_as_users_pass_them(H, textbook):
 
 
 @VARIANTS
+def test_derivatives_without_a_kernel(textbook):
+    """In float64, where cuDNN has neither gradients in eval mode nor second ones."""
+    layer = TriGRU(2, 3, variant="textbook" if textbook else "torch", device=DEVICE).double().eval()
+    x = torch.randn(3, 2, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], x)
+
+
+@VARIANTS
+@pytest.mark.parametrize("H", [64, 512])
+def test_ensembles(H, textbook):
+    """vmap over weights is further recurrences of one launch; over inputs, further sequences."""
+    models = [TriGRU(8, H, bidirectional=True, variant="textbook" if textbook else "torch",
+                     device=DEVICE, dtype=BF16) for _ in range(3)]  # fmt: skip
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(3, 20, 5, 8, device=DEVICE, dtype=BF16)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))[0]
+
+    each = torch.stack([model(xs)[0] for model, xs in zip(models, x, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(call)(parameters, buffers, x), each)
+    rows = torch.func.vmap(lambda xs: models[0](xs)[0])(x)
+    torch.testing.assert_close(rows, torch.stack([models[0](xs)[0] for xs in x]))
+
+
+def test_per_sample_gradients():
+    layer = TriGRU(8, 256, device=DEVICE)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(4, 12, 1, 8, device=DEVICE)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for sample in range(4):
+        alone = torch.func.grad(loss)(parameters, x[sample])
+        for name, gradient in alone.items():
+            assert relative_error(each[name][sample], gradient) < 1e-2, name  # TF32 in other tiles
+
+
+@VARIANTS
+def test_on_another_stream(textbook):
+    inputs, cotangents = problem(50, 20, 1, 512, textbook=textbook, dtype=BF16, device=DEVICE)
+    expected = run(inputs, cotangents, textbook=textbook)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        actual = run(inputs, cotangents, textbook=textbook)
+    torch.cuda.synchronize()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+def test_on_a_device_that_is_not_the_current_one():
+    other = torch.device(DEVICE, 1)
+    for H in (64, 512):
+        layer = TriGRU(8, H, device=other, dtype=BF16)
+        x = torch.randn(9, 5, 8, device=other, dtype=BF16)
+        with torch.cuda.device(0):
+            y, _ = layer(x)
+            y.float().sum().backward()
+        with torch.cuda.device(1):
+            torch.testing.assert_close(layer(x)[0], y, rtol=0, atol=0)
+        assert y.device == layer.weight_hh_l0.grad.device == other
+
+
+@VARIANTS
 def test_second_derivatives_and_eval(textbook):
     variant = "textbook" if textbook else "torch"
     layer = TriGRU(8, 64, variant=variant, device=DEVICE).eval()
@@ -206,7 +302,7 @@ def test_a_group_that_cannot_all_run_is_refused():
     too_large = LaunchPlan(**fields | {"batch_programs": 64})  # of 64 programs each
     inputs, _ = problem(2, 16 * 64, 1, 1024, textbook=False, dtype=BF16, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"(?i)cooperative"):
-        forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=too_large)
+        forward.gru_forward(**inputs, **WALK, save=False, plan=too_large)
 
 
 def test_a_missing_program_ends_in_an_error(monkeypatch):
@@ -221,7 +317,7 @@ def test_a_missing_program_ends_in_an_error(monkeypatch):
     short = Short(**{f: getattr(real, f) for f in real.__dataclass_fields__})
     monkeypatch.setattr(launch, "WAIT_SECONDS", 2.2)
     inputs, _ = problem(20, 16, 1, 512, textbook=False, dtype=BF16, device=DEVICE)
-    y, *_ = forward.gru_forward(**inputs, textbook=False, reverse=False, save=False, plan=short)
+    y, *_ = forward.gru_forward(**inputs, **WALK, save=False, plan=short)
     torch.cuda.synchronize()
     assert y[2:].isnan().all()
     with pytest.raises(launch.ExchangeTimeout, match="gave up waiting"):

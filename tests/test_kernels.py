@@ -38,6 +38,45 @@ def test_one_direction_reversed(interpreted, solo, textbook):
     interpreted(cases.within_rule, 5, 3, plan, torch.float32, textbook=textbook, reverse=True)
 
 
+# Each is (plan, lengths): tiles that end early or never begin, and rows that join on the way back.
+PACKED = {
+    "solo": (cases.make_plan(21, solo=True), [6, 4, 4, 1]),
+    "solo, several tiles": (cases.make_plan(16, BLOCK_K=16, solo=True, D=2), [5] * 3 + [2] * 20),
+    "group": (cases.make_plan(31), [5, 3, 3, 1]),
+    "group, two directions": (cases.make_plan(48, BLOCK_K=16, D=2), [4, 4, 2]),
+    "group, several tiles": (cases.make_plan(32), [4] * 5 + [3] * 11 + [2] * 10 + [1] * 9),
+    "group, tiles one after another": (
+        cases.make_plan(32, D=2, batch_programs=1, directions=1), [3] * 10 + [1] * 10,
+    ),
+    "group, equal lengths": (cases.make_plan(32), [3, 3]),
+    "group, one sequence": (cases.make_plan(32, D=2), [3]),
+}  # fmt: skip
+
+
+@VARIANTS
+@DTYPES
+@pytest.mark.parametrize("shape", PACKED)
+def test_packed_numbers(interpreted, shape, dtype, textbook):
+    plan, lengths = PACKED[shape]
+    T, B = lengths[0], len(lengths)
+    interpreted(cases.within_rule, T, B, plan, dtype, textbook=textbook, lengths=lengths)
+
+
+@VARIANTS
+@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+def test_packed_one_direction_reversed(interpreted, solo, textbook):
+    plan, lengths = cases.make_plan(29, solo=solo), [5, 4, 1]
+    interpreted(
+        cases.within_rule, 5, 3, plan, torch.float32, textbook=textbook, reverse=True,
+        lengths=lengths,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 3, 3, 1], [700, 512, 257, 256, 255, 1]], ids=str)
+def test_tiles_end_with_their_first_sequence(interpreted, lengths):
+    interpreted(cases.tiles_end_with_their_first_sequence, lengths)
+
+
 def test_without_bias(interpreted):
     plan = cases.make_plan(32)
     interpreted(cases.within_rule, 3, 2, plan, torch.float32, textbook=False, bias=False)

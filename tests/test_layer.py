@@ -14,7 +14,6 @@ from numerics import assert_within_rule
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import prune
-from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 from trigru import TriGRU, ops, reference, replace_gru
@@ -59,9 +58,10 @@ def textbook_stack(layer, weights, x, hx=None):
         names = [f"_l{k}{suffix}" for suffix in ("", "_reverse")[:D]]
         gx = [F.linear(x, weights["weight_ih" + n], weights.get("bias_ih" + n)) for n in names]
         w_hh = torch.stack([weights["weight_hh" + n] for n in names])
-        y, h, _, _ = reference.gru_forward(
-            torch.stack(gx, 2), hx[k * D : (k + 1) * D], w_hh, None, textbook=True, reverse=False
-        )
+        y, h, _ = reference.gru_forward(
+            torch.stack(gx, 2), hx[k * D : (k + 1) * D], w_hh, None, None, textbook=True,
+            reverse=False, bidirectional=D == 2,
+        )  # fmt: skip
         x = y.flatten(2)
         h_n.append(h)
     h_n = torch.cat(h_n)
@@ -477,12 +477,6 @@ def test_unknown_variant():
         TriGRU(IN, H, variant="lstm")
 
 
-@VARIANT
-def test_packed_sequences(variant):
-    with pytest.raises(NotImplementedError, match="PackedSequence"):
-        TriGRU(IN, H, variant=variant)(pack_sequence([torch.zeros(3, IN), torch.zeros(2, IN)]))
-
-
 # Compiled
 
 
@@ -734,11 +728,27 @@ def test_an_optimiser_trains_a_replaced_model():
     assert not any(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-def test_replace_gru_of_a_pruned_layer_replaces_nothing():
-    model = nn.ModuleList([nn.GRU(IN, H), nn.GRU(IN, H)])
-    prune.random_unstructured(model[1], "weight_hh_l0", 0.5)
-    with pytest.raises(
-        TypeError, match="weight_hh_l0 must be a parameter, got a Tensor: take pruning"
-    ):
-        replace_gru(model)
-    assert [type(m) for m in model] == [nn.GRU, nn.GRU]
+def test_hooks_and_pruning_come_along():
+    """As PyTorch keeps them: pruning is a hook that makes the weight anew before each call."""
+    model = nn.ModuleList([nn.GRU(IN, H)])
+    prune.random_unstructured(model[0], "weight_hh_l0", 0.5)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    x = torch.randn(T, B, IN)
+    before = model[0](x)
+    replace_gru(model)
+    assert_close(model[0](x), before)
+    back = model[0].to_torch()
+    assert_close(back(x), before)
+    assert seen == [nn.GRU, TriGRU, nn.GRU]
+    model[0](x)[0].sum().backward()
+    grad = model[0].weight_hh_l0_orig.grad
+    assert torch.equal(grad == 0, model[0].weight_hh_l0_mask == 0)
+
+
+def test_a_parametrised_layer_is_left_alone():
+    model = nn.ModuleList([nn.GRU(IN, H)])
+    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    assert replace_gru(model) == 0
+    with pytest.raises(TypeError, match=r"expected an nn\.GRU itself, got ParametrizedGRU"):
+        TriGRU.from_torch(model[0])

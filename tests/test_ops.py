@@ -94,16 +94,17 @@ def test_opcheck_forward(textbook, bias, D, reverse, save):
     T = 1 if save and D == 2 else 2  # the gradients are traced step by step, which takes long
     inputs, _ = make_problem(T, 3, D, 4, textbook=textbook, bias=bias, dtype=torch.float32)
     tensors = (leaves_of(inputs) if save else inputs).values()
-    torch.library.opcheck(torch.ops.trigru.forward.default, (*tensors, textbook, reverse, save))
+    args = (*tensors, None, textbook, reverse, D == 2, save)
+    torch.library.opcheck(torch.ops.trigru.forward.default, args)
 
 
 @VARIANTS
 @pytest.mark.parametrize("D, reverse", [(1, False), (1, True), (2, False)], ids=str)
 def test_opcheck_backward(textbook, D, reverse):
     inputs, cotangents = make_problem(3, 2, D, 4, textbook=textbook, dtype=torch.float32)
-    y, _, gates, rh = torch.ops.trigru.forward(*inputs.values(), textbook, reverse, True)
-    h0, w_hh = inputs["h0"], inputs["w_hh"]
-    args = (*cotangents.values(), h0, w_hh, y, gates, rh, textbook, reverse)
+    walk = textbook, reverse, D == 2
+    y, _, gates = torch.ops.trigru.forward(*inputs.values(), None, *walk, True)
+    args = (*cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates, None, *walk)
     torch.library.opcheck(torch.ops.trigru.backward.default, args)
 
 
@@ -325,12 +326,11 @@ def test_gates_are_saved_only_for_a_backward(textbook):
         function(**inputs)
         with torch.no_grad():
             untracked = function(**leaves)
-    (_, _, gates, rh), *others = seen.calls
+    (_, _, gates), *others = seen.calls
     assert gates.shape == (T, B, D, 3 if textbook else 4, H)
-    assert rh.shape == ((T, B, D, H) if textbook else (0,))
     assert len(others) == 2
-    for _, _, gates, rh in others:
-        assert gates.numel() == rh.numel() == 0
+    for _, _, gates in others:
+        assert gates.numel() == 0
     assert not any(t.requires_grad for t in untracked)
     assert_close(untracked, tuple(t.detach() for t in trained))
 

@@ -38,7 +38,9 @@ def test_torch_form_is_nn_gru(T, B, H, D, reverse, bias):
         w_ih, w_hh, *biases = (torch.cat(kind) for kind in zip(*w, strict=True))
         b_ih, b_hh = biases if bias else (torch.zeros(D, 3 * H, dtype=F64), None)
         gx = torch.stack([F.linear(x, w_ih[d], b_ih[d]) for d in range(D)], 2)
-        y, h_n, _, _ = reference.gru_forward(gx, h0, w_hh, b_hh, textbook=False, reverse=reverse)
+        y, h_n, _ = reference.gru_forward(
+            gx, h0, w_hh, b_hh, None, textbook=False, reverse=reverse, bidirectional=D == 2
+        )
         return y.flatten(2), h_n
 
     leaves = [x, h0, *layer.parameters()]
@@ -93,7 +95,8 @@ def test_textbook_form_is_the_published_one(T, B, H, D, reverse):
 def test_walk_back_is_autograd_of_the_loop(T, B, H, D, reverse, textbook, from_gates):
     inputs, cotangents = problem(T, B, D, H, textbook=textbook, dtype=F64)
     leaves = {k: v.requires_grad_() for k, v in inputs.items() if v is not None}
-    y, h_n, gates, rh = reference.gru_forward(**inputs, textbook=textbook, reverse=reverse)
+    walk = {"reverse": reverse, "bidirectional": D == 2}
+    y, h_n, gates = reference.gru_forward(**inputs, offsets=None, textbook=textbook, **walk)
     assert gates.shape == (T, B, D, 3 if textbook else 4, H)
     dgates = torch.randn_like(gates) if from_gates else None
     outputs, gradients = [y, h_n], [*cotangents.values()]
@@ -103,12 +106,15 @@ def test_walk_back_is_autograd_of_the_loop(T, B, H, D, reverse, textbook, from_g
 
     h0, w_hh, y, gates = (t.detach() for t in (inputs["h0"], inputs["w_hh"], y, gates))
     dgx, dgh, dh0 = reference.gru_backward(
-        **cotangents, h0=h0, w_hh=w_hh, y=y, gates=gates,
-        textbook=textbook, reverse=reverse, dgates=dgates,
+        **cotangents, h0=h0, w_hh=w_hh, y=y, gates=gates, offsets=None,
+        textbook=textbook, **walk, dgates=dgates,
     )  # fmt: skip
-    before = reference.states_before(y, h0, reverse=reverse)
-    assert_close(rh.detach(), gates[..., 0, :] * before if textbook else gates.new_empty(0))
-    operands = [before, before, rh.detach() if textbook else before]  # of U_r, U_z and U_n
+    if textbook:
+        assert dgh.shape == (0,)
+        dgh = dgx
+    before = reference.states_before(y, h0, None, **walk)
+    reset = gates[..., 0, :] * before
+    operands = [before, before, reset if textbook else before]  # of U_r, U_z and U_n
     dw_hh = torch.cat(
         [
             torch.einsum("tbdg,tbdh->dgh", part, operand)
@@ -139,7 +145,7 @@ def test_derivatives_by_differences(check, variant, bias, reverse):
 def test_states_before(T, D, reverse):
     B, H = 2, 3
     y, h0 = torch.randn(T, B, D, H), torch.randn(D, B, H)
-    before = reference.states_before(y, h0, reverse=reverse)
+    before = reference.states_before(y, h0, None, reverse=reverse, bidirectional=D == 2)
     assert before.shape == y.shape
     for d in range(D):
         walk = list(range(T))[:: -1 if reverse or d == 1 else 1]
@@ -153,11 +159,12 @@ def test_states_before(T, D, reverse):
 def test_each_step_starts_from_the_state_before(D, reverse, textbook):
     inputs, _ = problem(4, 3, D, 5, textbook=textbook, dtype=F64)
     gx, h0, w_hh, b_hh = inputs.values()
-    y, h_n, _, _ = reference.gru_forward(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)
-    before = reference.states_before(y, h0, reverse=reverse).movedim(2, 1)  # (T, D, B, H)
+    walk = {"reverse": reverse, "bidirectional": D == 2}
+    y, h_n, _ = reference.gru_forward(gx, h0, w_hh, b_hh, None, textbook=textbook, **walk)
+    before = reference.states_before(y, h0, None, **walk).movedim(2, 1)  # (T, D, B, H)
     for t in range(4):
-        _, h, _, _ = reference.gru_forward(
-            gx[t : t + 1], before[t], w_hh, b_hh, textbook=textbook, reverse=reverse
+        _, h, _ = reference.gru_forward(
+            gx[t : t + 1], before[t], w_hh, b_hh, None, textbook=textbook, **walk
         )
         assert_close(h, y[t].transpose(0, 1))
     for d in range(D):

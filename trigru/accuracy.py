@@ -61,16 +61,19 @@ def problem(
     textbook: bool,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    offsets: Tensor | None = None,
 ) -> tuple[dict, dict]:
-    """Random inputs of a recurrence (all directions at once), and random dy and dh_n."""
+    """Random inputs of a recurrence (all directions at once), and random dy and dh_n; packed, where
+    there are offsets (T + 1,)."""
     scale = H**-0.5
+    shape = (T, B) if offsets is None else (int(offsets[-1]),)
     inputs = {
-        "gx": torch.randn(T, B, D, 3 * H),
+        "gx": torch.randn(*shape, D, 3 * H),
         "h0": torch.randn(D, B, H),
         "w_hh": torch.empty(D, 3 * H, H).uniform_(-scale, scale),
         "b_hh": None if textbook else torch.empty(D, 3 * H).uniform_(-scale, scale),
     }
-    cotangents = {"dy": torch.randn(T, B, D, H), "dh_n": torch.randn(D, B, H)}
+    cotangents = {"dy": torch.randn(*shape, D, H), "dh_n": torch.randn(D, B, H)}
     inputs = {k: None if v is None else v.to(device, dtype) for k, v in inputs.items()}
     return inputs, {k: v.to(device, dtype) for k, v in cotangents.items()}
 
@@ -86,34 +89,45 @@ def differentiate(function: Callable, inputs: Mapping, cotangents: Mapping) -> d
     return dict(zip(RESULTS, (y.detach(), h_n.detach(), *grads), strict=False))
 
 
-def eager_loop(*, textbook: bool, reverse: bool) -> Callable:
+def eager_loop(*, textbook: bool, reverse: bool, offsets: Tensor | None = None) -> Callable:
     """The reference's loop as a function of the inputs, for `differentiate`."""
 
     def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
-        y, h_n, _, _ = reference.gru_forward(
-            gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse, save=False
-        )
+        y, h_n, _ = reference.gru_forward(
+            gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse,
+            bidirectional=len(h0) == 2, save=False,
+        )  # fmt: skip
         return y, h_n
 
     return function
 
 
-def nn_gru(*, reverse: bool) -> Callable:
+def nn_gru(*, reverse: bool, offsets: Tensor | None = None) -> Callable:
     """torch.nn.GRU's function of the same inputs: its input projection is the identity."""
 
     def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
+        H, bias = h0.shape[-1], b_hh is not None
         y, h_n = [], []
-        for d in range(gx.shape[2]):
-            flipped = [0] if reverse or d == 1 else []
-            weights = [torch.eye(gx.shape[3], dtype=gx.dtype, device=gx.device), w_hh[d]]
+        for d in range(len(h0)):
+            backwards = reverse or d == 1
+            weights = [torch.eye(3 * H, dtype=gx.dtype, device=gx.device), w_hh[d]]
             if b_hh is not None:
                 weights += [torch.zeros_like(b_hh[d]), b_hh[d]]
-            x = gx[:, :, d].flip(flipped).contiguous()
-            layer = (b_hh is not None, 1, 0.0, True, False, False)
-            y_d, h_d = torch.gru(x, h0[d : d + 1].contiguous(), weights, *layer)
-            y.append(y_d.flip(flipped))
-            h_n.append(h_d[0])
-        return torch.stack(y, 2), torch.stack(h_n)
+            x, hx = gx.select(-2, d), h0[d : d + 1].contiguous()
+            if offsets is None:
+                flipped = [0] if backwards else []
+                x = x.flip(flipped).contiguous()
+                y_d, h_d = torch.gru(x, hx, weights, bias, 1, 0.0, True, False, False)
+                y_d, h_d = y_d.flip(flipped), h_d[0]
+            else:  # only a layer of both directions walks packed sequences backwards
+                both = hx.repeat(2, 1, 1), weights * 2
+                y_d, h_d = torch.gru(
+                    x.contiguous(), offsets.diff().cpu(), *both, bias, 1, 0.0, True, True
+                )
+                y_d, h_d = y_d.split(H, -1)[backwards], h_d[int(backwards)]
+            y.append(y_d)
+            h_n.append(h_d)
+        return torch.stack(y, -2), torch.stack(h_n)
 
     return function
 
@@ -131,12 +145,17 @@ def products_as_in_rnns() -> Iterator[None]:
 
 
 def yardsticks(
-    inputs: Mapping, cotangents: Mapping, *, textbook: bool, reverse: bool = False
+    inputs: Mapping,
+    cotangents: Mapping,
+    *,
+    textbook: bool,
+    reverse: bool = False,
+    offsets: Tensor | None = None,
 ) -> tuple[dict, dict]:
     """What the rule needs: the float64 results, and PyTorch's own in the inputs' dtype."""
     doubles = {k: None if v is None else v.double() for k, v in inputs.items()}
-    loop = eager_loop(textbook=textbook, reverse=reverse)
+    loop = eager_loop(textbook=textbook, reverse=reverse, offsets=offsets)
     exact = differentiate(loop, doubles, {k: v.double() for k, v in cotangents.items()})
-    pytorch = loop if textbook else nn_gru(reverse=reverse)
+    pytorch = loop if textbook else nn_gru(reverse=reverse, offsets=offsets)
     with products_as_in_rnns():
         return exact, differentiate(pytorch, inputs, cotangents)

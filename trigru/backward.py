@@ -7,17 +7,28 @@ from torch import Tensor
 from .exchange import deadline_from_now, publish, unwritten
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
-from .tiles import add_product, load_u, operand, operand_mask, operand_offsets, total, zeros
+from .tiles import (
+    add_product,
+    beside_operand,
+    load_u,
+    operand,
+    operand_offsets,
+    rows_of_step,
+    steps_of_tile,
+    total,
+    walks_forwards,
+    zeros,
+)
 
 
 @triton.jit
-def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, rows, B, i, T,
-               H: tl.constexpr, TEXTBOOK: tl.constexpr):  # fmt: skip
-    """What the i-th step of the walk reads, all [BLOCK_H, BLOCK_B] and 0 beyond the last step:
-    dy, r, z, n, gh_n (torch), and the state before the step, which is h0 in the last one."""
-    mask = mask_h[:, None] & (rows < tl.where(i < T, B, 0))[None, :]
-    mask_inner = mask_h[:, None] & (rows < tl.where(i + 1 < T, B, 0))[None, :]
-    mask_last = mask_h[:, None] & (rows < tl.where(i + 1 == T, B, 0))[None, :]
+def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running,
+               running_before, H: tl.constexpr, TEXTBOOK: tl.constexpr):  # fmt: skip
+    """What a step of the walk reads, all [BLOCK_H, BLOCK_B] and 0 for sequences without it: dy, r,
+    z, n, gh_n (torch), and the state before, which is h0 for sequences that begin with it."""
+    mask = mask_h[:, None] & (offs_b < running)[None, :]
+    mask_inner = mask_h[:, None] & (offs_b < tl.minimum(running, running_before))[None, :]
+    mask_first = mask_h[:, None] & ((offs_b < running) & (offs_b >= running_before))[None, :]
     dy_t = tl.load(dy + own_y, mask=mask, other=0.0)
     r = tl.load(gates + own_gates, mask=mask, other=0.0)
     z = tl.load(gates + own_gates + H, mask=mask, other=0.0)
@@ -26,21 +37,22 @@ def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, rows, B
     if not TEXTBOOK:
         gh_n = tl.load(gates + own_gates + 3 * H, mask=mask, other=0.0)
     h = tl.load(y_before + own_y, mask=mask_inner, other=0.0)
-    h += tl.load(h0 + own_h, mask=mask_last, other=0.0)
+    h += tl.load(h0 + own_h, mask=mask_first, other=0.0)
     return dy_t, r, z, n, gh_n, h
 
 
 @triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
 def _gru_backward_kernel(
-    dy_ptr,  # [T, B, D, H]
+    dy_ptr,  # [N, D, H]
     dh_n_ptr,  # [D, B, H]
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]
     h0_ptr,  # [D, B, H]
-    y_ptr,  # [T, B, D, H]
-    gates_ptr,  # [T, B, D, G, H]
-    dgh_ptr,  # [T, B, D, 3, H_ROW]  exchanged: gradients of the recurrent products
-    dgx_ptr,  # [T, B, D, 3, H]      gradients of gx; the textbook form's are those of dgh
+    y_ptr,  # [N, D, H]
+    gates_ptr,  # [N, D, G, H]
+    dgh_ptr,  # [N, D, 3, H_ROW]  exchanged: gradients of the recurrent products
+    dgx_ptr,  # [N, D, 3, H]      gradients of gx; the textbook form's are those of dgh
     dh0_ptr,  # [D, B, H]
+    offsets_ptr,  # [T + 1]           read if PACKED: where each step's rows begin, and N
     error_ptr,
     T,
     B,
@@ -58,6 +70,8 @@ def _gru_backward_kernel(
     SOLO: tl.constexpr,
     TEXTBOOK: tl.constexpr,
     REVERSE: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     G: tl.constexpr = 3 if TEXTBOOK else 4
@@ -77,9 +91,8 @@ def _gru_backward_kernel(
     u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
 
     # Against the direction of the forward pass.
-    forwards = d < 0 if REVERSE else d == 0
-    step = tl.where(forwards, -1, 1).to(tl.int64) * B * D  # in rows [D] of one batch element
-    first = tl.where(forwards, T - 1, 0).to(tl.int64) * B * D
+    forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
+    step = tl.where(forwards, -1, 1).to(tl.int64)
 
     own_y = offs_b[None, :] * (D * H) + offs_h[:, None]  # [BLOCK_H, BLOCK_B]
     own_gates = offs_b[None, :] * (D * G * H) + offs_h[:, None]
@@ -90,39 +103,50 @@ def _gru_backward_kernel(
 
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     while row0 < B:  # the batch tiles of this program, one after another
-        rows = row0 + offs_b
-        mask_b = rows < B
-        mask = mask_h[:, None] & mask_b[None, :]  # [BLOCK_H, BLOCK_B]
-        mask_row = (offs_h < H_ROW)[:, None] & mask_b[None, :]  # with the padding that is exchanged
-        mask_operand = operand_mask(mask_b, SPLIT_K)
-
-        dy = dy_ptr + (first + row0 * D + d) * H
-        y_before = y_ptr + (first + step + row0 * D + d) * H
-        gates = gates_ptr + (first + row0 * D + d) * (G * H)
-        dgh = dgh_ptr + (first + row0 * D + d) * (3 * H_ROW)
-        dgx = dgx_ptr + (first + row0 * D + d) * (3 * H)
-        h0 = h0_ptr + (d * B + row0) * H
-
+        in_batch = offs_b < (B - row0).to(tl.int32)
+        mask = mask_h[:, None] & in_batch[None, :]  # [BLOCK_H, BLOCK_B]
         dh = tl.load(dh_n_ptr + (d * B + row0) * H + own_h, mask=mask, other=0.0).to(tl.float32)
+
+        steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
+        t = tl.where(forwards, steps - 1, 0).to(tl.int64)
+        row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
+        before, running_before = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+        dy = dy_ptr + (row * D + d) * H
+        gates = gates_ptr + (row * D + d) * (G * H)
+        y_before = y_ptr + (before * D + d) * H
+        h0 = h0_ptr + (d * B + row0) * H
+        dgh = dgh_ptr + (row * D + d) * (3 * H_ROW)
+        dgx = dgx_ptr + (row * D + d) * (3 * H)
         saved = _load_step(
-            dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, rows, B, 0, T, H, TEXTBOOK
-        )
-        for i in range(T):
-            dh += saved[0].to(tl.float32)
+            dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running,
+            running_before, H, TEXTBOOK,
+        )  # fmt: skip
+        for _ in range(steps):
+            dy_t = saved[0].to(tl.float32)
             r = saved[1].to(tl.float32)
             z = saved[2].to(tl.float32)
             n = saved[3].to(tl.float32)
             gh_n = saved[4].to(tl.float32)
             h = saved[5].to(tl.float32)
             # The next step's loads do not depend on the exchange: have them under way meanwhile.
-            dy += step * H
-            y_before += step * H
-            gates += step * (G * H)
+            # The pointers are moved on, not made anew: what a compiler can hoist, it keeps.
+            row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
+            following, running_next = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+            after, running_after = rows_of_step(offsets_ptr, t + 2 * step, row0, T, B, PACKED)
+            rows = (following - row) * D
+            dy += rows * H
+            gates += rows * (G * H)
+            y_before += (after - following) * (D * H)
             saved = _load_step(
-                dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, rows, B, i + 1, T, H,
-                TEXTBOOK,
+                dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running_next,
+                running_after, H, TEXTBOOK,
             )  # fmt: skip
 
+            mask = mask_h[:, None] & (offs_b < running)[None, :]
+            mask_row = (offs_h < H_ROW)[:, None] & (offs_b < running)[None, :]  # with the padding
+            mask_operand = beside_operand(offs_b < running, SPLIT_K)
+            dh_later = dh
+            dh += dy_t
             acc = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
             if TEXTBOOK:
                 da_n = dh * z * (1 - n * n)
@@ -171,8 +195,12 @@ def _gru_backward_kernel(
                         error_ptr, BLOCK_K, 3 * CHUNKS, SPIN, SOLO, PRECISION,
                     )  # fmt: skip
             dh += total(acc, mask_h, SPLIT_K, PADDED)
-            dgh += step * (3 * H_ROW)
-            dgx += step * (3 * H)
+            if PACKED:
+                dh = tl.where(mask, dh, dh_later)
+            dgh += rows * (3 * H_ROW)
+            dgx += rows * (3 * H)
+            t += step
+        mask = mask_h[:, None] & in_batch[None, :]
         tl.store(dh0_ptr + (d * B + row0) * H + own_h, dh.to(dtype), mask=mask)
         row0 += tl.num_programs(1) * BLOCK_B
 
@@ -184,23 +212,27 @@ def gru_backward(
     w_hh: Tensor,
     y: Tensor,
     gates: Tensor,
+    offsets: Tensor | None,
     *,
     textbook: bool,
     reverse: bool,
+    bidirectional: bool,
     plan: LaunchPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk the recurrence back from dy (T, B, D, H) and dh_n (D, B, H), all tensors contiguous and
-    as `gru_forward` took and returned them.
+    """Walk the recurrence back from dy, laid out as y, and dh_n (D, B, H), all tensors contiguous
+    and as `gru_forward` took and returned them, as `reference.gru_backward` does.
 
-    Returns dgx (T, B, D, 3H), dgh (T, B, D, 3H), the gradients of the recurrent products of the
-    gates r, z, n, and dh0 (D, B, H). In the textbook form dgx and dgh are one tensor."""
-    T, B, D, H = y.shape
+    Returns dgx, laid out as gx; dgh, the gradients of the recurrent products, empty in the textbook
+    form, whose are those of gx; and dh0 (D, B, H)."""
+    *shape, D, H = y.shape
+    B = h0.shape[1]
     assert (H, D) == (plan.H, plan.D)
-    shape = T, B, D, 3, plan.row
-    dgh = y.new_empty(shape) if plan.solo else unwritten(*shape, like=y)
-    dgx = y.new_empty(0 if textbook else (T, B, D, 3, H))
+    rows = *shape, D, 3, plan.row
+    dgh = y.new_empty(rows) if plan.solo else unwritten(*rows, like=y)
+    dgx = y.new_empty(0 if textbook else (*shape, D, 3 * H))
     dh0 = y.new_empty(D, B, H)
     arguments = dy, dh_n, pad_hidden(w_hh, plan.H_pad), h0, y, gates, dgh, dgx, dh0
-    launch(_gru_backward_kernel, arguments, T, B, plan, TEXTBOOK=textbook, REVERSE=reverse)
-    dgh = dgh[..., :H].reshape(T, B, D, 3 * H)
-    return dgh if textbook else dgx.view(T, B, D, 3 * H), dgh, dh0
+    switches = {"TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
+    launch(_gru_backward_kernel, arguments, offsets, shape, B, plan, **switches)
+    dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding
+    return (dgh, dgx, dh0) if textbook else (dgx, dgh, dh0)

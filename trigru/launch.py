@@ -1,5 +1,6 @@
 """Launching a persistent kernel, and turning a wait that ran out into an exception."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -67,28 +68,39 @@ def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, An
 
 
 def launch(
-    kernel: Any, arguments: tuple, T: int, B: int, plan: LaunchPlan, **switches: bool
+    kernel: Any,
+    arguments: tuple,
+    offsets: Tensor | None,
+    shape: Sequence[int],
+    B: int,
+    plan: LaunchPlan,
+    **switches: bool,
 ) -> None:
-    """Launch `kernel` over T steps of B rows as `plan` says: once, or once for each direction."""
+    """Launch `kernel` over B sequences as `plan` says: once, or once for each part of D.
+
+    shape: (T, B), or (N,) with offsets (T + 1,)."""
     if B == 0:
         return
+    T = shape[0] if offsets is None else len(offsets) - 1
     device, dtype = arguments[0].device, arguments[0].dtype
     raise_if_failed(device)
     # PyTorch's own switch for recurrent layers on CUDA.
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     tf32 = device.type == "cuda" and dtype == torch.float32 and precision == "tf32"
-    _, tiles_at_once, _ = plan.grid(B)
+    groups, tiles_at_once, _ = plan.grid(B)
     steps = T * -(-B // (plan.BLOCK_B * tiles_at_once))  # that one program walks
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
-            kernel[plan.grid(B)](
+            directions = min(plan.directions, plan.D - first_direction)
+            kernel[(groups, tiles_at_once, directions)](
                 *arguments,
+                offsets,
                 error_flag(device),
                 T,
                 B,
                 wait_limit(steps),
                 first_direction,
-                **compile_time(plan, tf32, **switches),
+                **compile_time(plan, tf32, PACKED=offsets is not None, **switches),
                 num_warps=plan.num_warps,
                 num_stages=1,
                 # A solo grid may be larger than the device; a group that is must fail, not hang.

@@ -1,5 +1,7 @@
 """`TriGRU`, the layer that stands where `torch.nn.GRU` stands."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,14 +36,15 @@ class TriGRU(nn.RNNBase):
         device, dtype: of the parameters.
         variant: "torch" or "textbook".
 
-    Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch; and optionally hx
-    (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if left out.
+    Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch, or a PackedSequence;
+    and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if
+    left out.
 
-    Output: (T, B, directions · H), laid out as the input is, and h_n, as hx. Under autocast both
-    have autocast's dtype.
+    Output: (T, B, directions · H), laid out as the input is, or packed as it is, and h_n, as hx.
+    Under autocast both have autocast's dtype. Of a packed sequence only its own steps are computed,
+    in the same single launch, and h_n is the state after its own last step (backwards: its first).
 
-    Raises what nn.GRU raises for the same wrong arguments; ValueError on an unknown variant;
-    NotImplementedError on a PackedSequence.
+    Raises what nn.GRU raises for the same wrong arguments; ValueError on an unknown variant.
     """
 
     variant: str
@@ -59,12 +62,15 @@ class TriGRU(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         variant: str = "torch",
+        **kwargs: Any,
     ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if variant not in ops.VARIANTS:
             raise ValueError(f"variant must be one of {ops.VARIANTS}, got {variant!r}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype,
+            device=device, dtype=dtype, **kwargs,
         )  # fmt: skip
         self.variant = variant
         if variant == "textbook" and bias:
@@ -83,12 +89,12 @@ class TriGRU(nn.RNNBase):
         variant = "" if self.variant == "torch" else f", variant={self.variant!r}"
         return super().extra_repr() + variant
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """See the class."""
         if isinstance(input, PackedSequence):
-            raise NotImplementedError(
-                "TriGRU does not take a PackedSequence yet; use nn.GRU for it"
-            )
+            return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -101,36 +107,76 @@ class TriGRU(nn.RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
-        if hx is None:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            hx = input.new_zeros(layers, input.shape[batch_dim], self.hidden_size)
-        self._update_flat_weights()  # what functional_call has put in place
-        self.check_forward_args(input, hx, None)
+        hx = self._check(input, hx, None)
         if input.shape[1 - batch_dim] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-        output, h_n = self._run(input, hx)
+        output, h_n = self._run(input, hx, None)
         if not batched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
         return output, h_n
 
-    def _run(self, input: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+        hx = self._check(data, hx, batch_sizes)
+        output, h_n = self._run(data, hx, batch_sizes)
+        return (
+            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
+            self.permute_hidden(h_n, unsorted_indices),
+        )
+
+    def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> Tensor:
+        """Refuse what nn.GRU and the operators under it refuse; returns hx, zeros if None."""
+        self._update_flat_weights()  # what functional_call has put in place
+        if hx is None:
+            hx = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
+        self.check_forward_args(input, hx, batch_sizes)
+        autocast = torch._C._is_any_autocast_enabled()
+        weights: list[Any] = self._flat_weights
+        for name, tensor in [("hidden", hx), *(("parameter", w) for w in weights)]:
+            if tensor.device != input.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at "
+                    f"{input.device} and {name} tensor at {tensor.device}"
+                )
+            if tensor.dtype != input.dtype and not autocast:
+                ours, theirs = (t.type().split(".")[-1][: -len("Tensor")] for t in (input, tensor))
+                raise RuntimeError(
+                    f"Input and {name} tensors are not the same dtype, found input tensor with "
+                    f"{ours} and {name} tensor with {theirs}"
+                )
+        return hx
+
+    def _run(self, input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         input, hx, *weights = ops.autocast(input, hx, *self._flat_weights)
         textbook, dtype = self.variant == "textbook", input.dtype
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
-        if not (textbook or torch.compiler.is_compiling()) and ops.why_no_kernel(
-            input.device, dtype, self.hidden_size, textbook
-        ):
+        if not (
+            textbook or torch.compiler.is_compiling() or ops.transformed()
+        ) and ops.why_no_kernel(input.device, dtype, self.hidden_size, textbook):
             ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
-            return torch.gru(
-                input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
-                self.bidirectional, self.batch_first,
-            )  # fmt: skip
+            how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
+            with _without_cudnn():
+                if batch_sizes is None:
+                    return torch.gru(input, hx, weights, *how, self.batch_first)
+                return torch.gru(input, batch_sizes, hx, weights, *how)
 
-        x = input.transpose(0, 1) if self.batch_first else input  # (T, B, I)
-        T, B, _ = x.shape
-        D, H = 2 if self.bidirectional else 1, self.hidden_size
+        x, offsets = input, None
+        if batch_sizes is not None:  # (N, I), a row for every step of every sequence
+            if input.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph cannot hold a PackedSequence, whose lengths are on the host; "
+                    "give the layer padded input"
+                )
+            offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
+        elif self.batch_first:  # (T, B, I)
+            x = input.transpose(0, 1)
+        D = 2 if self.bidirectional else 1
         h_n = []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -139,12 +185,12 @@ class TriGRU(nn.RNNBase):
             b_ih = w.get("bias_ih")
             gx = F.linear(x, w["weight_ih"].flatten(0, 1), None if b_ih is None else b_ih.flatten())
             y, h = ops.recurrence(
-                gx.view(T, B, D, 3 * H), hx[layer * D : (layer + 1) * D], w["weight_hh"],
-                w.get("bias_hh"), textbook=textbook,
+                gx.unflatten(-1, (D, -1)), hx[layer * D : (layer + 1) * D], w["weight_hh"],
+                w.get("bias_hh"), offsets, textbook=textbook,
             )  # fmt: skip
-            x = y.flatten(2)
+            x = y.flatten(-2)
             h_n.append(h)
-        output = x.transpose(0, 1) if self.batch_first else x
+        output = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
         return output, h_n[0] if len(h_n) == 1 else torch.cat(h_n)
 
     def _layer_weights(self, weights: list[Tensor], layer: int) -> dict[str, Tensor]:
@@ -183,36 +229,45 @@ class TriGRU(nn.RNNBase):
     def from_torch(cls, gru: nn.GRU) -> "TriGRU":
         """A TriGRU that computes what `gru` computes and shares its parameters.
 
-        Raises TypeError if `gru` is no nn.GRU, or pruned or parametrised."""
-        if not isinstance(gru, nn.GRU):
-            raise TypeError(f"expected an nn.GRU, got {type(gru).__name__}")
-        return _convert(gru, cls)
+        Its hooks come along, pruning included. Raises TypeError if `gru` is no nn.GRU, or of a
+        subclass, as with a parametrisation: what that changes is not known."""
+        if type(gru) is not nn.GRU:
+            raise TypeError(f"expected an nn.GRU itself, got {type(gru).__name__}")
+        layer = _same_state(gru, cls)
+        layer.variant = "torch"
+        return layer
 
     def to_torch(self) -> nn.GRU:
-        """An nn.GRU that computes what this layer computes and shares its parameters.
+        """An nn.GRU that computes what this layer computes and shares its parameters and hooks.
 
         Raises ValueError for the textbook variant, which nn.GRU cannot compute."""
         if self.variant != "torch":
             raise ValueError(f"nn.GRU cannot compute the {self.variant} variant")
-        return _convert(self, nn.GRU)
+        layer = _same_state(self, nn.GRU)
+        del layer.variant
+        return layer
 
 
-def _convert(source: Any, target: Any) -> Any:
-    """`source`, an nn.GRU or a TriGRU, as the other class, with the same Parameter objects."""
-    layer = target(
-        source.input_size, source.hidden_size, source.num_layers, source.bias, source.batch_first,
-        source.dropout, source.bidirectional, device="meta",
-    )  # fmt: skip
-    for name in source._flat_weights_names:
-        parameter = getattr(source, name)
-        if not isinstance(parameter, nn.Parameter):
-            raise TypeError(
-                f"{name} must be a parameter, got a {type(parameter).__name__}: take pruning or "
-                "parametrisation off the layer first"
-            )
-        setattr(layer, name, parameter)
-    layer._init_flat_weights()
-    return layer.train(source.training)
+def _same_state(source: Any, target: Any) -> Any:
+    """A `target` with all that `source` is: its attributes, parameters and hooks among them."""
+    layer = target.__new__(target)
+    layer.__dict__ = {
+        name: value.copy() if isinstance(value, dict | list) else value
+        for name, value in vars(source).items()
+    }
+    return layer
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN's GRU has no gradients in eval mode and no second ones, and re-packs the weights with a
+    warning; ATen's own does right in all of that. (The public `cudnn.flags` resets other flags.)"""
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
 
 
 def replace_gru(model: nn.Module) -> int:
@@ -220,11 +275,10 @@ def replace_gru(model: nn.Module) -> int:
 
     Optimisers that hold the parameters go on working. A layer that is used in several places is
     replaced by one TriGRU in all of them. Subclasses of nn.GRU are left alone, for what they change
-    is not known. Hooks on a layer are not carried over.
+    is not known, and so are parametrised ones. Hooks come along, pruning included.
 
     Returns how many layers were replaced. Raises ValueError if `model` itself is an nn.GRU, which
-    nothing holds: use `TriGRU.from_torch` for it; TypeError if a layer's weights are not its
-    parameters, as under pruning, before anything is replaced."""
+    nothing holds: use `TriGRU.from_torch` for it."""
     if type(model) is nn.GRU:
         raise ValueError("the model itself is an nn.GRU: use TriGRU.from_torch(model)")
     replaced = {m: TriGRU.from_torch(m) for m in model.modules() if type(m) is nn.GRU}

@@ -1,8 +1,8 @@
 """`gru`, the functional recurrence, and the two custom operators under it.
 
-The operators take both directions of a layer at once, (T, B, D, …), and choose where they run:
-the persistent kernels where a plan fits, `reference` elsewhere. All that is parallel over time,
-here the weight gradients, is done around them by torch's own products.
+The operators take recurrences side by side, (T, B, D, …) or packed, (N, D, …), as `reference` says,
+and choose where they run: the persistent kernels where a plan fits, `reference` elsewhere. All that
+is parallel over time, here the weight gradients, is done around them by torch's own products.
 """
 
 import functools
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .derivatives import Recurrence
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it exists for Linux only
@@ -99,12 +100,14 @@ def recurrence(
     h0: Tensor,
     w_hh: Tensor,
     b_hh: Tensor | None,
+    offsets: Tensor | None = None,
     *,
     textbook: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All directions of a layer: gx (T, B, D, 3H), h0 (D, B, H), w_hh (D, 3H, H), b_hh (D, 3H) →
-    y (T, B, D, H), h_n (D, B, H). With D = 2 the second direction runs backwards in time."""
+    y (T, B, D, H), h_n (D, B, H). With D = 2 the second direction runs backwards in time. Packed,
+    gx is (N, D, 3H) and y (N, D, H), and offsets (T + 1,), int64, tell the steps apart."""
     gx, h0, w_hh, b_hh = autocast(gx, h0, w_hh, b_hh)
     tensors = [t for t in (gx, h0, w_hh, b_hh) if t is not None]
     if not gx.is_floating_point() or any(t.dtype != gx.dtype for t in tensors):
@@ -115,9 +118,18 @@ def recurrence(
         raise RuntimeError(
             f"all tensors must be on one device, got {[str(t.device) for t in tensors]}"
         )
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, h_n, _, _ = torch.ops.trigru.forward(gx, h0, w_hh, b_hh, textbook, reverse, save)
+    save = torch.is_grad_enabled() and (
+        transformed() or any(t.requires_grad for t in tensors)  # seen at one level only
+    )
+    # A graph holds the operator, which autograd knows too; the transforms of torch.func need more.
+    function = torch.ops.trigru.forward if torch.compiler.is_compiling() else Recurrence.apply
+    y, h_n, _ = function(gx, h0, w_hh, b_hh, offsets, textbook, reverse, len(h0) == 2, save)
     return y, h_n
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def autocast(*tensors: Any) -> list[Any]:
@@ -184,35 +196,32 @@ def _forward(
     h0: Tensor,
     w_hh: Tensor,
     b_hh: Tensor | None,
+    offsets: Tensor | None,
     textbook: bool,
     reverse: bool,
+    bidirectional: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ y (T, B, D, H), h_n (D, B, H), gates (T, B, D, G, H), r ⊙ h (T, B, D, H), the last two
-    empty if nothing is to be saved (r ⊙ h also in the torch form)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ y (T, B, D, H) or (N, D, H), h_n (D, B, H), and the gates, as y but with (D, G, H), which
+    are empty if nothing is to be saved."""
     D, B, H = h0.shape
+    walk: dict[str, Any] = {
+        "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional, "save": save,
+    }  # fmt: skip
     if why_no_kernel(gx.device, gx.dtype, H, textbook) is None:
-        return forward.gru_forward(
-            gx.contiguous(),
-            h0.contiguous(),
-            w_hh.contiguous(),
-            None if b_hh is None else b_hh.contiguous(),
-            textbook=textbook,
-            reverse=reverse,
-            save=save,
-            plan=plan_for(gx.device, B, H, D, gx.dtype, False, textbook),
-        )
+        gx, h0, w_hh = gx.contiguous(), h0.contiguous(), w_hh.contiguous()
+        b_hh = None if b_hh is None else b_hh.contiguous()
+        plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook)
+        return forward.gru_forward(gx, h0, w_hh, b_hh, offsets, plan=plan, **walk)
     warn_of_fallback(gx.device, gx.dtype, H, textbook)
-    return reference.gru_forward(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse, save=save)
+    return reference.gru_forward(gx, h0, w_hh, b_hh, offsets, **walk)
 
 
 @_forward.register_fake
-def _(gx, h0, w_hh, b_hh, textbook, reverse, save):
-    T, B, D, _ = gx.shape
-    H = h0.shape[-1]
-    gates = gx.new_empty((T, B, D, 3 if textbook else 4, H) if save else 0)
-    rh = gx.new_empty((T, B, D, H) if save and textbook else 0)
-    return gx.new_empty(T, B, D, H), gx.new_empty(D, B, H), gates, rh
+def _(gx, h0, w_hh, b_hh, offsets, textbook, reverse, bidirectional, save):
+    shape, H = gx.shape[:-1], h0.shape[-1]  # (T, B, D) or (N, D)
+    gates = gx.new_empty((*shape, 3 if textbook else 4, H) if save else 0)
+    return gx.new_empty(*shape, H), gx.new_empty(h0.shape), gates
 
 
 @torch.library.custom_op("trigru::backward", mutates_args=())
@@ -223,90 +232,28 @@ def _backward(
     w_hh: Tensor,
     y: Tensor,
     gates: Tensor,
-    rh: Tensor,
+    offsets: Tensor | None,
     textbook: bool,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ dgx (T, B, D, 3H), dh0 (D, B, H), dw_hh (D, 3H, H), db_hh (D, 3H)."""
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ dgx, laid out as gx; dgh, the gradients of the recurrent products, empty in the textbook
+    form, where they are those of gx; dh0 (D, B, H)."""
     D, B, H = h0.shape
-    dy, dh_n, h0, w_hh, y = (t.contiguous() for t in (dy, dh_n, h0, w_hh, y))
+    walk: dict[str, Any] = {
+        "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional,
+    }  # fmt: skip
     if why_no_kernel(y.device, y.dtype, H, textbook) is None:
         plan = plan_for(y.device, B, H, D, y.dtype, True, textbook)
-        dgx, dgh, dh0 = backward.gru_backward(
-            dy, dh_n, h0, w_hh, y, gates.contiguous(), textbook=textbook, reverse=reverse, plan=plan
-        )
-    else:
-        dgx, dgh, dh0 = reference.gru_backward(
-            dy, dh_n, h0, w_hh, y, gates, textbook=textbook, reverse=reverse
-        )
-    before = reference.states_before(y, h0, reverse=reverse)
-    dw_hh, db_hh = weight_gradients(dgh, before, rh if textbook else before)
-    return dgx, dh0, dw_hh, db_hh
+        dy, dh_n, h0, w_hh, y, gates = (t.contiguous() for t in (dy, dh_n, h0, w_hh, y, gates))
+        return backward.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, plan=plan, **walk)
+    return reference.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, **walk)
 
 
 @_backward.register_fake
-def _(dy, dh_n, h0, w_hh, y, gates, rh, textbook, reverse):
-    T, B, D, H = y.shape
-    new = y.new_empty
-    return new(T, B, D, 3 * H), new(D, B, H), new(D, 3 * H, H), new(D, 3 * H)
+def _(dy, dh_n, h0, w_hh, y, gates, offsets, textbook, reverse, bidirectional):
+    dgx = y.new_empty(*y.shape[:-1], 3 * y.shape[-1])
+    return dgx, y.new_empty(0) if textbook else torch.empty_like(dgx), y.new_empty(h0.shape)
 
 
-def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
-    """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (T, B, D, 3H), the gradients of the recurrent
-    products, and what U_r, U_z and U_n were multiplied by, each (T, B, D, H)."""
-    T, B, _, H = operand_rz.shape
-    # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
-    # takes them step by step, so there the sum is one of short ones.
-    steps = T if dgh.is_cuda else max(1, 64 // max(1, B))
-
-    def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over T and B
-        parts = zip(gradients.split(steps), operand.split(steps), strict=True)
-        products = (
-            torch.bmm(g.flatten(0, 1).permute(1, 2, 0), o.flatten(0, 1).transpose(0, 1))
-            for g, o in parts
-        )
-        return functools.reduce(torch.add, products)
-
-    if operand_n is operand_rz:
-        dw_hh = product(dgh, operand_rz)
-    else:
-        dw_hh = torch.cat(
-            (product(dgh[..., : 2 * H], operand_rz), product(dgh[..., 2 * H :], operand_n)), dim=1
-        )
-    return dw_hh, dgh.sum((0, 1))
-
-
-def _setup_context(ctx, inputs, output):
-    _, h0, w_hh, b_hh, ctx.textbook, ctx.reverse, _ = inputs
-    y, _, gates, rh = output
-    ctx.has_bias = b_hh is not None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rh)
-    ctx.save_for_backward(h0, w_hh, y, gates, rh)
-
-
-def _differentiate(ctx, dy, dh_n, dgates, _):
-    """Gradients of gx, h0, w_hh and b_hh.
-
-    The saved gates are an output of the operator so that a second derivative can flow through
-    them: under `create_graph` the walk back is `reference`'s own, made of differentiable torch
-    operations on h0, w_hh, y and the gates, and what it sends to the gates returns here as
-    `dgates`. r ⊙ h is recomputed in that case, so it needs no gradient of its own."""
-    h0, w_hh, y, gates, rh = ctx.saved_tensors
-    dy = torch.zeros_like(y) if dy is None else dy
-    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    if dgates is None and not torch.is_grad_enabled():
-        dgx, dh0, dw_hh, db_hh = torch.ops.trigru.backward(
-            dy, dh_n, h0, w_hh, y, gates, rh, ctx.textbook, ctx.reverse
-        )
-    else:
-        dgx, dgh, dh0 = reference.gru_backward(
-            dy, dh_n, h0, w_hh, y, gates, textbook=ctx.textbook, reverse=ctx.reverse, dgates=dgates
-        )
-        before = reference.states_before(y, h0, reverse=ctx.reverse)
-        reset = gates[..., 0, :] * before if ctx.textbook else before
-        dw_hh, db_hh = weight_gradients(dgh, before, reset)
-    return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.register_autograd(Recurrence.backward, setup_context=Recurrence.setup_context)

@@ -55,7 +55,7 @@ class LaunchPlan:
     """One launch of a persistent kernel. Sizes are in elements unless they say bytes."""
 
     H: int
-    D: int  # directions of the layer
+    D: int  # recurrences side by side: the directions of a layer
     H_pad: int  # H, padded to whole tiles
     BLOCK_H: int  # hidden units of a program
     BLOCK_B: int  # batch rows of a program's tile
@@ -149,7 +149,7 @@ def _group(
     vectors = 8 if itemsize == 2 and block_h * block_b <= (256 if two_waits else 512) else 4
     if programs > limits.sm_count or spin * itemsize > vectors * VECTOR_BYTES:
         return None
-    directions = D if programs * D <= limits.sm_count else 1
+    directions = min(D, limits.sm_count // programs)
     operand, parts = itemsize * block_k * block_b, 4 * MAX_WARPS * block_h * block_b
     return LaunchPlan(
         H=H, D=D, H_pad=H_pad, BLOCK_H=block_h, BLOCK_B=block_b, BLOCK_K=block_k,
@@ -163,7 +163,7 @@ def _clocks_per_step(
     plan: LaunchPlan, B: int, itemsize: int, backward: bool, textbook: bool
 ) -> float:
     tiles = -(-B // plan.BLOCK_B)
-    rounds = -(-tiles // plan.batch_programs) * (plan.D // plan.directions)
+    rounds = -(-tiles // plan.batch_programs) * -(-plan.D // plan.directions)
     clocks = CLOCKS_STEP + itemsize * 3 * plan.BLOCK_H * plan.H_pad / SHARED_BYTES_PER_CLOCK
     if not plan.solo:
         operands = 3 if backward else 2 if textbook else 1

@@ -1,27 +1,57 @@
 """Both equations in plain torch: for any dtype and device, differentiable, slow, easy to check.
 
 Every other path of the library is tested against this one, and it is the path where no kernel
-fits. It has the kernels' own interface: directions side by side, the gates saved, and the walk
+fits. It has the kernels' own interface: recurrences side by side, the gates saved, and the walk
 back written out, so that the same code around it serves both.
+
+What has a row for every step of every sequence is (T, B, D, …), or packed, (N, D, …), as in a
+PackedSequence: the longest sequence first, and the rows of step t are offsets[t] … offsets[t + 1].
 """
 
 import torch
 from torch import Tensor
 
 
-def _steps(T: int, backwards: bool) -> range:
-    return range(T - 1, -1, -1) if backwards else range(T)
+def runs_backwards(d: int, *, reverse: bool, bidirectional: bool) -> bool:
+    """Of D recurrences side by side, does the d-th walk from the last step to the first?
+    All do with `reverse`, every second one with `bidirectional`."""
+    return d % 2 == 1 if bidirectional else reverse
 
 
-def states_before(y: Tensor, h0: Tensor, *, reverse: bool) -> Tensor:
-    """The state before each step (T, B, D, H): y (T, B, D, H) one step on, and h0 (D, B, H)."""
+def steps_of(rows: Tensor, offsets: Tensor | None) -> list[int]:
+    """How many sequences each step has."""
+    return [rows.shape[1]] * rows.shape[0] if offsets is None else offsets.diff().tolist()
+
+
+def states_before(
+    y: Tensor, h0: Tensor, offsets: Tensor | None, *, reverse: bool, bidirectional: bool
+) -> Tensor:
+    """The state before each step, laid out as y (T, B, D, H) or (N, D, H), from it and h0
+    (D, B, H)."""
     columns = []
-    for d in range(h0.shape[0]):
-        if reverse or d == 1:
-            columns.append(torch.cat((y[1:, :, d], h0[d : d + 1])))
+    for d, (y_d, h0_d) in enumerate(zip(y.unbind(-2), h0, strict=True)):
+        backwards = runs_backwards(d, reverse=reverse, bidirectional=bidirectional)
+        if offsets is not None:
+            columns.append(torch.cat((y_d, h0_d))[_rows_before(len(y), offsets, backwards)])
+        elif backwards:
+            columns.append(torch.cat((y_d[1:], h0_d.unsqueeze(0))))
         else:
-            columns.append(torch.cat((h0[d : d + 1], y[:-1, :, d])))
-    return torch.stack(columns, 2) if len(columns) > 1 else columns[0].unsqueeze(2)
+            columns.append(torch.cat((h0_d.unsqueeze(0), y_d[:-1])))
+    return torch.stack(columns, -2) if len(columns) > 1 else columns[0].unsqueeze(-2)
+
+
+def _rows_before(N: int, offsets: Tensor, backwards: bool) -> Tensor:
+    """For each row of a packed tensor, the row of the same sequence that was computed before it, or
+    N + b where it is the first of sequence b."""
+    row = torch.arange(N, device=offsets.device)
+    step = torch.searchsorted(offsets, row, right=True) - 1
+    b = row - offsets[step]
+    if backwards:
+        ends = torch.cat((offsets, offsets[-1:]))  # the step after the last one has no rows
+        first, end = ends[step + 1], ends[step + 2]
+    else:
+        first, end = offsets[(step - 1).clamp(min=0)], offsets[step]
+    return torch.where(first + b < end, first + b, N + b)
 
 
 def gru_forward(
@@ -29,34 +59,42 @@ def gru_forward(
     h0: Tensor,
     w_hh: Tensor,
     b_hh: Tensor | None,
+    offsets: Tensor | None,
     *,
     textbook: bool,
     reverse: bool,
+    bidirectional: bool,
     save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence over gx (T, B, D, 3H) from h0 (D, B, H), with w_hh (D, 3H, H) and b_hh
-    (D, 3H). With D = 2 the second direction runs backwards in time; with D = 1, `reverse` says so.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence over gx (T, B, D, 3H) or (N, D, 3H), from h0 (D, B, H), with w_hh (D, 3H, H)
+    and b_hh (D, 3H).
 
-    Returns y (T, B, D, H), h_n (D, B, H) and, if `save`, the gates (T, B, D, G, H), which are r, z,
-    n and, in the torch form, gh_n = U_n h + b_hn; in the textbook form also r ⊙ h (T, B, D, H).
-    What is not saved comes back empty."""
-    T, D, H = len(gx), len(h0), h0.shape[-1]
-    y, h_n, gates, rh = [], [], [], []
-    for d in range(D):
-        h = h0[d]
+    Returns y (T, B, D, H) or (N, D, H), h_n (D, B, H) and, if `save`, the gates, as y but with
+    (D, G, H), which are r, z, n and, in the torch form, gh_n = U_n h + b_hn; else an empty
+    tensor."""
+    H = h0.shape[-1]
+    steps = steps_of(gx, offsets)
+    rows = gx if offsets is not None else gx.flatten(0, 1)  # (N, D, 3H)
+    y, h_n, gates = [], [], []
+    for d, h in enumerate(h0):
         u_rz, u_n = (u.T for u in w_hh[d].split((2 * H, H)))
-        gx_rz, gx_n = gx[:, :, d].split((2 * H, H), dim=-1)  # (T, B, 2H), (T, B, H)
+        gx_rz, gx_n = rows[:, d].split((2 * H, H), dim=-1)  # (N, 2H), (N, H)
         b_n = gx.new_zeros(H)
         if b_hh is not None:
             b_rz, b_n = b_hh[d].split((2 * H, H))
             gx_rz = gx_rz + b_rz
-        y_d, gates_d, rh_d = [h] * T, [h] * T, [h] * T  # to be overwritten
-        for t in _steps(T, backwards=reverse or d == 1):
+        gx_rz, gx_n = gx_rz.split(steps), gx_n.split(steps)
+        y_d, gates_d = [h] * len(steps), [h] * len(steps)  # to be overwritten
+        order = range(len(steps))
+        if runs_backwards(d, reverse=reverse, bidirectional=bidirectional):
+            order = order[::-1]
+        for t in order:
+            waiting = h[steps[t] :]  # the states of sequences that have no step t
+            h = h[: steps[t]]
             rz = torch.sigmoid(torch.addmm(gx_rz[t], h, u_rz))
             r, z = rz.chunk(2, dim=-1)
             if textbook:
-                rh_d[t] = r * h
-                n = torch.tanh(torch.addmm(gx_n[t] + b_n, rh_d[t], u_n))
+                n = torch.tanh(torch.addmm(gx_n[t] + b_n, r * h, u_n))
                 h = (1 - z) * h + z * n
             else:
                 gh_n = torch.addmm(b_n, h, u_n)
@@ -65,17 +103,17 @@ def gru_forward(
             y_d[t] = h
             if save:
                 gates_d[t] = torch.cat((rz, n) if textbook else (rz, n, gh_n), -1)
-        y.append(torch.stack(y_d))
+            if offsets is not None:
+                h = torch.cat((h, waiting))
+        y.append(torch.cat(y_d))
         h_n.append(h)
         if save:
-            gates.append(torch.stack(gates_d).unflatten(-1, (-1, H)))
-            if textbook:
-                rh.append(torch.stack(rh_d))
+            gates.append(torch.cat(gates_d).unflatten(-1, (-1, H)))
+    shape = gx.shape[:-2]
     return (
-        torch.stack(y, 2),
+        torch.stack(y, 1).unflatten(0, shape),
         torch.stack(h_n),
-        torch.stack(gates, 2) if gates else gx.new_empty(0),
-        torch.stack(rh, 2) if rh else gx.new_empty(0),
+        torch.stack(gates, 1).unflatten(0, shape) if save else gx.new_empty(0),
     )
 
 
@@ -86,30 +124,44 @@ def gru_backward(
     w_hh: Tensor,
     y: Tensor,
     gates: Tensor,
+    offsets: Tensor | None,
     *,
     textbook: bool,
     reverse: bool,
+    bidirectional: bool,
     dgates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The walk back from dy (T, B, D, H) and dh_n (D, B, H), and from `dgates`, the gradient of the
-    saved gates themselves, which only a second derivative has.
+    """The walk back from dy, laid out as y, and dh_n (D, B, H), and from `dgates`, the gradient of
+    the saved gates themselves, which only a second derivative has.
 
-    Returns dgx (T, B, D, 3H), dgh (T, B, D, 3H), the gradients of the recurrent products, and dh0
-    (D, B, H). Differentiable in every tensor: the gates are functions of gx and the state, and
-    whoever differentiates twice passes the gradient that arrives at them back in as `dgates`."""
-    T, _, D, H = y.shape
-    before = states_before(y, h0, reverse=reverse)
+    Returns dgx, laid out as gx; dgh, the gradients of the recurrent products, which in the textbook
+    form are those of gx, so that it comes back empty; and dh0 (D, B, H). Differentiable in every
+    tensor: the gates are functions of gx and the state, and whoever differentiates twice passes the
+    gradient that arrives at them back in as `dgates`."""
+    H = y.shape[-1]
+    steps = steps_of(y, offsets)
+    before = states_before(y, h0, offsets, reverse=reverse, bidirectional=bidirectional)
+    if offsets is None:
+        dy, gates, before = dy.flatten(0, 1), gates.flatten(0, 1), before.flatten(0, 1)
+        dgates = None if dgates is None else dgates.flatten(0, 1)
     dgx: list[Tensor] = []
     dgh: list[Tensor] = []
     dh0: list[Tensor] = []
-    for d in range(D):
+    for d, dh in enumerate(dh_n):
         w_rz, w_n = w_hh[d].split((2 * H, H))
-        dh, steps = dh_n[d], list[tuple[Tensor, Tensor]]([None] * T)  # type: ignore[list-item]
-        for t in reversed(_steps(T, backwards=reverse or d == 1)):
-            h = before[t, :, d]
-            r, z, n, *gh_n = gates[t, :, d].unbind(-2)
-            dh = dh + dy[t, :, d]
-            dr, dz, dn, *dgh_n = (0, 0, 0, 0) if dgates is None else dgates[t, :, d].unbind(-2)
+        before_d, dy_d = before[:, d].split(steps), dy[:, d].split(steps)
+        gates_d = gates[:, d].split(steps)
+        dgates_d = None if dgates is None else dgates[:, d].split(steps)
+        dgx_d, dgh_d = [dh] * len(steps), [dh] * len(steps)  # to be overwritten
+        order = range(len(steps))
+        if not runs_backwards(d, reverse=reverse, bidirectional=bidirectional):
+            order = order[::-1]
+        for t in order:
+            waiting = dh[steps[t] :]
+            h = before_d[t]
+            r, z, n, *gh_n = gates_d[t].unbind(-2)
+            dr, dz, dn, *dgh_n = (0, 0, 0, 0) if dgates_d is None else dgates_d[t].unbind(-2)
+            dh = dh[: steps[t]] + dy_d[t]
             if textbook:
                 da_n = (dn + dh * z) * (1 - n * n)
                 da_z = (dz + dh * (n - h)) * z * (1 - z)
@@ -117,15 +169,21 @@ def gru_backward(
                 da_r = (dr + d_reset * h) * r * (1 - r)
                 da_rz = torch.cat((da_r, da_z), -1)
                 dh = dh * (1 - z) + d_reset * r + da_rz @ w_rz
-                steps[t] = (torch.cat((da_rz, da_n), -1),) * 2
             else:
                 da_n = (dn + dh * (1 - z)) * (1 - n * n)
                 da_z = (dz + dh * (h - n)) * z * (1 - z)
                 da_r = (dr + da_n * gh_n[0]) * r * (1 - r)
-                dgh_t = torch.cat((da_r, da_z, da_n * r + dgh_n[0]), -1)
-                dh = dh * z + dgh_t @ w_hh[d]
-                steps[t] = torch.cat((da_r, da_z, da_n), -1), dgh_t
+                dgh_d[t] = torch.cat((da_r, da_z, da_n * r + dgh_n[0]), -1)
+                dh = dh * z + dgh_d[t] @ w_hh[d]
+            dgx_d[t] = torch.cat((da_r, da_z, da_n), -1)
+            if offsets is not None:
+                dh = torch.cat((dh, waiting))
+        dgx.append(torch.cat(dgx_d))
+        dgh.append(torch.cat(dgh_d))
         dh0.append(dh)
-        for kept, column in zip((dgx, dgh), zip(*steps, strict=True), strict=True):
-            kept.append(torch.stack(column))
-    return torch.stack(dgx, 2), torch.stack(dgh, 2), torch.stack(dh0)
+    shape = y.shape[:-2]
+    return (
+        torch.stack(dgx, 1).unflatten(0, shape),
+        y.new_empty(0) if textbook else torch.stack(dgh, 1).unflatten(0, shape),
+        torch.stack(dh0),
+    )

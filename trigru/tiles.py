@@ -1,4 +1,5 @@
-"""What both kernels do with tiles: load U once, multiply by it, sum the split products."""
+"""What both kernels do with steps and tiles: find their rows, load U once, multiply by it, sum the
+split products."""
 
 import triton
 import triton.language as tl
@@ -18,6 +19,46 @@ def tanh(x):
     q = q * s - 0.333333164454
     size = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))
     return tl.where(tl.abs(x) < 0.55, x + x * s * q, tl.where(x < 0, -size, size))
+
+
+@triton.jit
+def rows_of_step(offsets_ptr, t, row0, T, B, PACKED: tl.constexpr):
+    """Where the batch tile that starts at sequence `row0` lies in step t: the row of its first
+    sequence, and how many sequences from this one on have the step; none outside of 0 … T − 1.
+
+    Packed, the rows of step t are offsets[t] … offsets[t + 1], the longest sequence first."""
+    inside = (t >= 0) & (t < T)
+    if PACKED:
+        first = tl.load(offsets_ptr + t, mask=inside, other=0)
+        running = tl.load(offsets_ptr + t + 1, mask=inside, other=0) - first
+    else:
+        first = t * B
+        running = tl.where(inside, B, 0)
+    return first + row0, (running - row0).to(tl.int32)
+
+
+@triton.jit
+def steps_of_tile(offsets_ptr, row0, T, PACKED: tl.constexpr):
+    """How many steps the batch tile that starts at sequence `row0` has: those of this sequence."""
+    steps = T
+    if PACKED:
+        steps = tl.full([], 0, tl.int32)
+        for start in range(0, T, 256):
+            t = start + tl.arange(0, 256)
+            _, running = rows_of_step(offsets_ptr, t, row0, T, 0, PACKED)
+            steps += tl.sum((running > 0).to(tl.int32), axis=0)
+    return steps
+
+
+@triton.jit
+def walks_forwards(d, REVERSE: tl.constexpr, BIDIRECTIONAL: tl.constexpr):
+    """Whether the d-th recurrence walks from the first step to the last, as a runtime value."""
+    if BIDIRECTIONAL:
+        return d % 2 == 0
+    elif REVERSE:
+        return d < 0
+    else:
+        return d >= 0
 
 
 @triton.jit
@@ -70,12 +111,12 @@ def operand_offsets(offs_b, stride_b: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT
 
 
 @triton.jit
-def operand_mask(mask_b, SPLIT_K: tl.constexpr):
-    """The batch mask, shaped to go with `operand_offsets`."""
+def beside_operand(of_batch, SPLIT_K: tl.constexpr):
+    """A [BLOCK_B] tensor, shaped to go with `operand_offsets`."""
     if SPLIT_K == 1:
-        return mask_b[None, :]
+        return of_batch[None, :]
     else:
-        return mask_b[None, None, :]
+        return of_batch[None, None, :]
 
 
 @triton.jit

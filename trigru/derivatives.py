@@ -1,0 +1,176 @@
+"""How the operators of `ops` are differentiated, to any order and both ways, and batched by vmap.
+
+A first derivative is the walk back, a kernel of its own. What lies beyond it goes through
+`reference`, which is made of differentiable torch operations.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def _walk(textbook: bool, reverse: bool, bidirectional: bool) -> dict[str, Any]:
+    return {"textbook": textbook, "reverse": reverse, "bidirectional": bidirectional}
+
+
+class Recurrence(torch.autograd.Function):
+    """`trigru::forward` with its derivatives, both ways, and its batching rule.
+
+    The saved gates are an output so that a second derivative can flow through them: they are
+    functions of gx and the state, and what differentiating `WalkBack` sends to them returns here
+    as `dgates`."""
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.trigru.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        gx, h0, w_hh, b_hh, offsets, *ctx.switches, ctx.save = inputs
+        y, _, gates = output
+        ctx.has_bias = b_hh is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h0, w_hh, y, gates, offsets)
+        ctx.save_for_forward(gx, h0, w_hh, b_hh, offsets)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dgates):
+        h0, w_hh, y, gates, offsets = ctx.saved_tensors
+        textbook, reverse, bidirectional = ctx.switches
+        dy = torch.zeros_like(y) if dy is None else dy
+        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+        tensors = dy, dh_n, h0, w_hh, y, gates, offsets
+        if dgates is None:
+            dgx, dgh, dh0 = WalkBack.apply(*tensors, *ctx.switches)
+        else:
+            dgx, dgh, dh0 = reference.gru_backward(*tensors, **_walk(*ctx.switches), dgates=dgates)
+        before = reference.states_before(
+            y, h0, offsets, reverse=reverse, bidirectional=bidirectional
+        )
+        if textbook:
+            dw_hh, db_hh = weight_gradients(dgx, before, gates[..., 0, :] * before)
+        else:
+            dw_hh, db_hh = weight_gradients(dgh, before, before)
+        return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, *[None] * 5
+
+    @staticmethod
+    def jvp(ctx, dgx, dh0, dw_hh, db_hh, *_):
+        *tensors, offsets = ctx.saved_tensors
+
+        def function(gx, h0, w_hh, b_hh=None):
+            walk = _walk(*ctx.switches)
+            return reference.gru_forward(gx, h0, w_hh, b_hh, offsets, **walk, save=ctx.save)
+
+        return _push_forward(function, tensors, (dgx, dh0, dw_hh, db_hh))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _vmap(Recurrence.apply, "rswwo", "rsr", info, in_dims, *inputs)
+
+
+class WalkBack(torch.autograd.Function):
+    """`trigru::backward` with its derivatives, which are those of `reference`'s walk back."""
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.trigru.backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors, switches = inputs[:7], inputs[7:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.function = functools.partial(reference.gru_backward, **_walk(*switches))
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *tensors, offsets = ctx.saved_tensors
+        _, pull, *_ = torch.func.vjp(functools.partial(ctx.function, offsets=offsets), *tensors)
+        return *pull(cotangents), *[None] * 4
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        *tensors, offsets = ctx.saved_tensors
+        function = functools.partial(ctx.function, offsets=offsets)
+        return _push_forward(function, tensors, tangents[:6])
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _vmap(WalkBack.apply, "rsswrro", "rrs", info, in_dims, *inputs)
+
+
+def _push_forward(function: Callable, primals: Sequence, tangents: Sequence) -> tuple:
+    """J t, from what autograd can do inside every transform: vᵀJ is linear in v, so that its own
+    vector-Jacobian product in the direction t is J t."""
+    pairs = [(p, t) for p, t in zip(primals, tangents, strict=True) if p is not None]
+    outputs, pull, *_ = torch.func.vjp(function, *(p for p, _ in pairs))
+    _, push, *_ = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+    return push(tuple(torch.zeros_like(p) if t is None else t for p, t in pairs))[0]
+
+
+def _vmap(
+    operator: Callable, kinds: str, out_kinds: str, info: Any, in_dims: tuple, *inputs: Any
+) -> tuple[tuple, tuple]:
+    """V calls of an operator as one: the others' sequences are further sequences of the batch or,
+    where each call has weights of its own, further recurrences.
+
+    kinds: a letter for each tensor, r for rows, (T, B, D, …) or (N, D, …), s for states (D, B, H),
+    w for weights (D, …), o for offsets."""
+    V = info.batch_size
+    offsets = inputs[kinds.index("o")]
+    if in_dims[kinds.index("o")] is not None:
+        raise NotImplementedError("TriGRU has no vmap over the lengths of packed sequences")
+    own_weights = any(k == "w" and dim is not None for k, dim in zip(kinds, in_dims, strict=False))
+    D_in_rows = 2 if offsets is None else 1
+    # The calls are brought before D or behind B, and made one with it.
+    into = {"r": D_in_rows, "s": 0, "w": 0} if own_weights else {"r": D_in_rows - 1, "s": 1}
+    behind = 0 if own_weights else 1
+    folded = list(inputs)
+    for i, (kind, tensor, dim) in enumerate(zip(kinds, inputs, in_dims, strict=False)):
+        if kind in into and tensor is not None:
+            at = into[kind] + behind
+            if dim is None:
+                tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], V, *tensor.shape[at:])
+            else:
+                tensor = tensor.movedim(dim, at)
+            folded[i] = tensor.flatten(into[kind], into[kind] + 1)
+        elif kind == "o" and tensor is not None and not own_weights:
+            folded[i] = tensor * V
+    outputs, out_dims = [], []
+    for kind, output in zip(out_kinds, operator(*folded), strict=True):
+        if output.dim() == 1:  # what is not saved is empty
+            outputs.append(output.expand(V, 0))
+            out_dims.append(0)
+        else:
+            outputs.append(output.unflatten(into[kind], (V, -1) if own_weights else (-1, V)))
+            out_dims.append(into[kind] + behind)
+    return tuple(outputs), tuple(out_dims)
+
+
+def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
+    """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (…, D, 3H), the gradients of the recurrent
+    products, and what U_r, U_z and U_n were multiplied by, each (…, D, H)."""
+    H = operand_rz.shape[-1]
+    dgh = dgh.flatten(0, -3)  # (N, D, 3H)
+    # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
+    # takes them step by step, so there the sum is one of short ones: not while a graph is traced,
+    # which must not depend on their number.
+    rows = 64 if type(dgh) is Tensor and not dgh.is_cuda else dgh.shape[0]
+
+    def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over the rows
+        parts = zip(gradients.split(rows), operand.flatten(0, -3).split(rows), strict=True)
+        products = (torch.bmm(g.permute(1, 2, 0), o.transpose(0, 1)) for g, o in parts)
+        return functools.reduce(torch.add, products)
+
+    if operand_n is operand_rz:
+        dw_hh = product(dgh, operand_rz)
+    else:
+        dw_hh = torch.cat(
+            (product(dgh[..., : 2 * H], operand_rz), product(dgh[..., 2 * H :], operand_n)), dim=1
+        )
+    return dw_hh, dgh.sum(0)
