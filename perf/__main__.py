@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 from .compare import compare, report
 from .evidence import FAILED, LOST, PARTS, ROOT, WRONG, run_evidence, run_part
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or WRONG if TriGRU was found wrong, or became so between two sweeps, LOST
     if a kernel ended this process's use of the device, FAILED if anything else was raised."""
     args = parser().parse_args(argv)
+    if args.command != "train" and is_torchelastic_launched():
+        raise SystemExit("only train is for torchrun: python -m perf train")
     if args.command == "plot":
         for path in args.csv:
             tell(plot_csv(path, args.out))

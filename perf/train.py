@@ -1,6 +1,9 @@
-"""`python -m perf train`: the same character model with nn.GRU and with TriGRU, side by side."""
+"""`python -m perf train`: the same character model with nn.GRU and with TriGRU, side by side.
+
+Under torchrun, N processes train it together, each on its share of every batch."""
 
 import math
+import os
 import statistics
 import sysconfig
 import time
@@ -9,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
 from trigru import TriGRU
@@ -95,18 +100,23 @@ class Run:
         self.state: Tensor | None = None
         if isinstance(gru, nn.GRU):
             flatten(gru)
+        self.forward: nn.Module = self.model  # in training
+        if dist.is_initialized():
+            self.forward = DistributedDataParallel(self.model)
 
     def step(self, text: Tensor) -> Tensor:
         """Train on text (T + 1, B), bytes that follow those of the last call; the loss in bits per
-        character."""
-        logits, state = self.model(text[:-1], self.state)
+        character. Of several processes, each has rows of its own, and the loss is that of these."""
+        logits, state = self.forward(text[:-1], self.state)
         self.state = state.detach()
         targets = text[1:].flatten()
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
+        self.model.zero_grad()
+        loss.backward()  # DistributedDataParallel takes the mean over the processes here
         # The sum's gradients are large enough for float16; the mean's would underflow.
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient.float() / len(targets)
+        for weight, parameter in zip(self.weights, self.model.parameters(), strict=True):
+            assert parameter.grad is not None
+            weight.grad = parameter.grad.float() / len(targets)
         nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
         self.optimiser.step()
         with torch.no_grad():
@@ -158,6 +168,28 @@ def streams(text: bytes, rows: int, device: torch.device) -> Tensor:
     return numbers.view(rows, length).t().contiguous().to(device, torch.long)
 
 
+def join_processes(device: torch.device, rows: int) -> tuple[int, int]:
+    """The number of this process and how many there are: 0 and 1, or what torchrun says. Then each
+    gets a GPU of its own, where that is the device, and they form a group of torch.distributed.
+
+    Raises ValueError if the rows of a batch, or the GPUs, cannot be shared out."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 0, 1
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rows % processes:
+        raise ValueError(f"{processes} processes cannot share a batch of {rows} rows equally")
+    if device.type == "cuda":
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(
+                f"{here} processes need as many GPUs, here are {gpus}: start fewer, or take "
+                "--device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, processes
+
+
 def run_training(
     device: torch.device,
     dtype: str,
@@ -169,11 +201,18 @@ def run_training(
     layers: Callable[[int, float], dict[str, nn.Module]] = make_layers,
 ) -> list[Row]:
     """Train all runs step by step in turn on the same batches, and append a row for each step of
-    each run to the CSV file at `path`. `clock` tells the time in seconds. The rows."""
+    each run to the CSV file at `path`. `clock` tells the time in seconds. The rows.
+
+    Under torchrun the processes share each batch. The first writes and returns; the others, whose
+    work is done, exit.
+
+    Raises ValueError if they cannot share it."""
     steps, T, B, H = settings
+    rank, processes = join_processes(device, B)
+    first, share = rank == 0, B // processes
     text = standard_library() if text is None else text
     split = int(len(text) * (1 - HELD_OUT))
-    training = streams(text[:split], B, device)
+    training = streams(text[:split], B, device)[:, rank * share : (rank + 1) * share]
     held_out = streams(text[split:], EVALUATED[0], device)[: EVALUATED[1] + 1]
     per_epoch = (len(training) - 1) // T
 
@@ -184,8 +223,10 @@ def run_training(
     }
     shape = {"dtype": dtype, "T": T, "B": B, "H": H}
     known = facts(device) | {"date": now()}
+    if processes > 1:
+        known["device"] += f", {processes} processes"
     rows: list[Row] = []
-    bar = trange(steps, unit="step", desc="train")
+    bar = trange(steps, unit="step", desc="train", disable=not first)
     for step in bar:
         at = step % per_epoch * T
         losses = {}
@@ -195,6 +236,9 @@ def run_training(
             start = _time(clock, device)
             loss = run.step(training[at : at + T + 1])
             seconds = _time(clock, device) - start
+            if dist.is_initialized():
+                dist.all_reduce(loss)
+                loss /= processes
             evaluated = (step + 1) % max(1, steps // EVALUATIONS) == 0
             row = {
                 "run": name,
@@ -205,11 +249,18 @@ def run_training(
                 "tokens_per_s": round(T * B / seconds),
             }
             rows.append(known | shape | row)
-            append_row(path, COLUMNS, rows[-1])
+            if first:
+                append_row(path, COLUMNS, rows[-1])
             losses[name] = row["train_bpc"]
         bar.set_postfix_str(
             f"bits/char: {YARDSTICK} {losses[YARDSTICK]:.2f}, {TRIGRU} {losses[TRIGRU]:.2f}", False
         )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not first:
+        # At the interpreter's regular end, a thread of gloo's that is still freeing the tensor of
+        # the last collective aborts the process, and torchrun then ends the first one too.
+        os._exit(0)
     return rows
 
 

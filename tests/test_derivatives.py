@@ -11,7 +11,7 @@ from trigru import ops
 from trigru.accuracy import differentiate, eager_loop, problem
 
 F64 = torch.float64
-LENGTHS = [4, 3, 3, 1]
+LENGTHS = [3, 2, 2]
 FORMS = pytest.mark.parametrize(
     "textbook, bias",
     [(False, True), (False, False), (True, False)],
@@ -30,7 +30,7 @@ IN_DIMS = pytest.mark.parametrize(
 def case(request, textbook, bias, packed):
     """(our function, the loop's, inputs), the functions of tensors alone."""
     offsets = offsets_of(LENGTHS) if packed else None
-    inputs, _ = problem(3, 4, request.param, 3, textbook=textbook, dtype=F64, offsets=offsets)
+    inputs, _ = problem(2, 3, request.param, 2, textbook=textbook, dtype=F64, offsets=offsets)
     tensors = [t for t in inputs.values() if t is not None][: 4 if bias else 3]
     loop = eager_loop(textbook=textbook, reverse=False, offsets=offsets)
 
@@ -56,11 +56,10 @@ def every(tensors):
 @pytest.mark.parametrize(
     "check",
     [
-        torch.autograd.gradcheck,
+        lambda *args: torch.autograd.gradcheck(*args, check_forward_ad=True),
         torch.autograd.gradgradcheck,
-        lambda f, x: torch.autograd.gradcheck(f, x, check_forward_ad=True),
     ],
-    ids=["first", "second", "forward mode"],
+    ids=["first", "second"],
 )
 def test_by_differences(case, check):
     ours, _, tensors = case
@@ -140,7 +139,7 @@ def test_packed_sequences_are_each_computed_alone(textbook, D, reverse):
 
 def test_no_vmap_over_lengths():
     offsets = torch.stack([offsets_of(LENGTHS)] * 2)
-    inputs, _ = problem(0, 4, 1, 3, textbook=True, dtype=F64, offsets=offsets[0])
+    inputs, _ = problem(0, 3, 1, 3, textbook=True, dtype=F64, offsets=offsets[0])
     gx, h0, w_hh, _ = inputs.values()
     with pytest.raises(NotImplementedError, match="no vmap over the lengths"):
         vmap(lambda o: ops.recurrence(gx, h0, w_hh, None, o, textbook=True))(offsets)

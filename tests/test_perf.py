@@ -628,7 +628,30 @@ def test_streams_are_the_text_in_pieces():
     assert train.streams(b"abcdefg", 2, CPU).T.tolist() == [list(b"abc"), list(b"def")]
 
 
+@pytest.mark.parametrize(
+    "processes, device, says",
+    [
+        (3, "cpu", "3 processes cannot share a batch of 4 rows equally"),
+        (2, "cuda", "2 processes need as many GPUs, here are 1: start fewer, or take --device cpu"),
+    ],
+)
+def test_processes_that_cannot_share_the_work(monkeypatch, processes, device, says):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
+    for name, number in (("RANK", 0), ("WORLD_SIZE", processes), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=says):
+        train.join_processes(torch.device(device), rows=4)
+
+
 # The command line
+
+
+@pytest.mark.parametrize("args", [[], ["sweep"], ["evidence"], ["plot"]], ids=str)
+def test_torchrun_is_for_training_alone(monkeypatch, args):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
+    with pytest.raises(SystemExit, match="only train is for torchrun"):
+        command.main(args)
 
 
 def test_no_command_runs_both_and_reports_either_failure(monkeypatch, tmp_path):

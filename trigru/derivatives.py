@@ -49,13 +49,13 @@ class Recurrence(torch.autograd.Function):
             dgx, dgh, dh0 = WalkBack.apply(*tensors, *ctx.switches)
         else:
             dgx, dgh, dh0 = reference.gru_backward(*tensors, **_walk(*ctx.switches), dgates=dgates)
-        before = reference.states_before(
-            y, h0, offsets, reverse=reverse, bidirectional=bidirectional
-        )
-        if textbook:
-            dw_hh, db_hh = weight_gradients(dgx, before, gates[..., 0, :] * before)
-        else:
-            dw_hh, db_hh = weight_gradients(dgh, before, before)
+        dw_hh = db_hh = None
+        if any(ctx.needs_input_grad[2:4]):
+            before = reference.states_before(
+                y, h0, offsets, reverse=reverse, bidirectional=bidirectional
+            )
+            reset = gates[..., 0, :] * before if textbook else before
+            dw_hh, db_hh = weight_gradients(dgx if textbook else dgh, before, reset)
         return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, *[None] * 5
 
     @staticmethod
