@@ -1,8 +1,9 @@
 """TriGRU: a GRU layer for PyTorch whose recurrence runs in persistent Triton kernels."""
 
+from . import convert
 from .launch import ExchangeTimeout, raise_if_failed
 from .layer import TriGRU, replace_gru
 from .ops import gru
 
 __version__ = "0.1.0"
-__all__ = ["ExchangeTimeout", "TriGRU", "gru", "raise_if_failed", "replace_gru"]
+__all__ = ["ExchangeTimeout", "TriGRU", "convert", "gru", "raise_if_failed", "replace_gru"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
+from . import onnx, ops
 
 
 class TriGRU(nn.RNNBase):
@@ -119,6 +119,8 @@ class TriGRU(nn.RNNBase):
     def _forward_packed(
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
+        if onnx.exporting():
+            raise NotImplementedError("TriGRU exports no PackedSequence to ONNX; pad the input")
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
@@ -181,12 +183,16 @@ class TriGRU(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer > 0:
                 x = F.dropout(x, self.dropout, self.training)
-            w = self._layer_weights(weights, layer)
+            w, h0 = self._layer_weights(weights, layer), hx[layer * D : (layer + 1) * D]
+            if onnx.exporting():
+                x, h = onnx.gru_node(x, h0, list(w.values()), textbook=textbook)
+                h_n.append(h)
+                continue
             b_ih = w.get("bias_ih")
             gx = F.linear(x, w["weight_ih"].flatten(0, 1), None if b_ih is None else b_ih.flatten())
             y, h = ops.recurrence(
-                gx.unflatten(-1, (D, -1)), hx[layer * D : (layer + 1) * D], w["weight_hh"],
-                w.get("bias_hh"), offsets, textbook=textbook,
+                gx.unflatten(-1, (D, -1)), h0, w["weight_hh"], w.get("bias_hh"), offsets,
+                textbook=textbook,
             )  # fmt: skip
             x = y.flatten(-2)
             h_n.append(h)
