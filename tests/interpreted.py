@@ -37,14 +37,14 @@ def make_plan(
 
 def run_kernels(
     inputs: dict, cotangents: dict, plan: LaunchPlan, *, textbook: bool, reverse: bool = False,
-    offsets: torch.Tensor | None = None, here: bool = False,
+    offsets: torch.Tensor | None = None, bidirectional: bool | None = None, here: bool = False,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Forward and backward through the library's launchers and its weight gradients."""
     forward._gru_forward_kernel = FORWARD if here else Concurrently(FORWARD)
     backward._gru_backward_kernel = BACKWARD if here else Concurrently(BACKWARD)
     launch.wait_limit = lambda T: POLLS
     h0, w_hh = inputs["h0"], inputs["w_hh"]
-    walk = {"reverse": reverse, "bidirectional": plan.D == 2}
+    walk = {"reverse": reverse, "bidirectional": bidirectional or plan.D == 2}
     y, h_n, gates = forward.gru_forward(
         **inputs, offsets=offsets, textbook=textbook, **walk, save=True, plan=plan
     )
@@ -118,6 +118,29 @@ def same_bits_twice(plan: LaunchPlan, *, textbook: bool) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
+def an_ensemble_is_its_members(
+    plan: LaunchPlan, alone: LaunchPlan, *, textbook: bool, lengths: list[int] | None
+) -> None:
+    """More recurrences than one launch computes, beside launches of their own: the same bits."""
+    torch.manual_seed(0)
+    how = {"textbook": textbook, "offsets": None if lengths is None else offsets_of(lengths)}
+    inputs, cotangents = problem(3, 5, plan.D, plan.H, dtype=torch.float32, **how)
+    together = run_kernels(inputs, cotangents, plan, bidirectional=True, **how)
+    in_rows = {"gx", "dy", "y", "dgx"}
+
+    def member(tensors: dict, d: int) -> dict:
+        return {
+            name: None if t is None else t.narrow(-2 if name in in_rows else 0, d, 2)
+            for name, t in tensors.items()
+        }
+
+    for d in range(0, plan.D, 2):
+        ours = {k: None if v is None else v.contiguous() for k, v in member(inputs, d).items()}
+        dy = {k: v.contiguous() for k, v in member(cotangents, d).items()}
+        for name, tensor in run_kernels(ours, dy, alone, bidirectional=True, **how).items():
+            assert torch.equal(member(together, d)[name], tensor), name
+
+
 def not_finite_stays_in_its_row(
     plan: LaunchPlan, dtype: torch.dtype, where: str, value: str, *, textbook: bool
 ) -> None:
@@ -143,6 +166,28 @@ def not_finite_stays_in_its_row(
                 actual[name].select(batch_dim, row), clean[name].select(batch_dim, row)
             ), f"{name}, row {row}"
         # the same elements are NaN as without padding, tiles and exchange
+        assert torch.equal(actual[name].isnan(), exact[name].isnan()), name
+
+
+def nan_stays_in_its_packed_sequence(plan: LaunchPlan, b: int, *, textbook: bool) -> None:
+    """As above, from the initial state of a packed sequence, whichever way it is walked."""
+    torch.manual_seed(0)
+    lengths = [4, 3, 1]
+    how = {"textbook": textbook, "offsets": offsets_of(lengths)}
+    inputs, cotangents = problem(4, 3, plan.D, plan.H, dtype=torch.float32, **how)
+    clean = run_kernels(inputs, cotangents, plan, **how)
+    poisoned = dict(inputs, h0=inputs["h0"].clone())
+    poisoned["h0"][:, b].view(torch.int32).fill_(-1)
+    actual = run_kernels(poisoned, cotangents, plan, **how)
+    exact, _ = yardsticks(poisoned, cotangents, **how)
+    assert actual["h_n"][:, b].isnan().all()
+    for other in {0, 1, 2} - {b}:
+        rows = how["offsets"][: lengths[other]] + other
+        for name in ("y", "dgx"):
+            assert torch.equal(actual[name][rows], clean[name][rows]), name
+        for name in ("h_n", "dh0"):
+            assert torch.equal(actual[name][:, other], clean[name][:, other]), name
+    for name in ("y", "h_n", "dgx", "dh0"):
         assert torch.equal(actual[name].isnan(), exact[name].isnan()), name
 
 

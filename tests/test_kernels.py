@@ -88,6 +88,14 @@ def test_same_bits_every_time(interpreted, textbook):
 
 
 @VARIANTS
+@pytest.mark.parametrize("lengths", [None, [3, 3, 2, 1, 1]], ids=["dense", "packed"])
+@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+def test_an_ensemble_is_its_members(interpreted, solo, lengths, textbook):
+    plans = (cases.make_plan(32, D=D, solo=solo, directions=min(D, 3)) for D in (4, 2))
+    interpreted(cases.an_ensemble_is_its_members, *plans, textbook=textbook, lengths=lengths)
+
+
+@VARIANTS
 @pytest.mark.parametrize("where", ["gx", "h0"])
 @pytest.mark.parametrize(
     ("value", "dtype", "solo"),
@@ -102,6 +110,14 @@ def test_same_bits_every_time(interpreted, textbook):
 def test_not_finite_stays_in_its_row(interpreted, solo, value, where, dtype, textbook):
     plan = cases.make_plan(29, solo=solo)
     interpreted(cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook)
+
+
+@VARIANTS
+@pytest.mark.parametrize("b", [0, 1, 2])
+@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
+def test_nan_stays_in_its_packed_sequence(interpreted, solo, b, textbook):
+    plan = cases.make_plan(29, D=2, solo=solo)
+    interpreted(cases.nan_stays_in_its_packed_sequence, plan, b, textbook=textbook)
 
 
 @VARIANTS

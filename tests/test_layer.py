@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from trigru import TriGRU, ops, reference, replace_gru
+from trigru.layer import _without_cudnn
 
 F64 = torch.float64
 IN, H, T, B = 5, 6, 4, 3
@@ -477,6 +478,26 @@ def test_unknown_variant():
         TriGRU(IN, H, variant="lstm")
 
 
+def test_results_can_be_changed_in_place(form):
+    """As states are, to begin an episode anew."""
+    layer = TriGRU(IN, H, variant=form)
+    y, h_n = layer(torch.randn(T, B, IN))
+    h_n[:, 0] = 0
+    (y.sum() + h_n.sum()).backward()
+    with torch.no_grad():
+        layer(torch.randn(T, B, IN))[0].mul_(2)
+
+
+def test_cudnn_is_back_when_the_last_call_is_done():
+    enabled = torch.backends.cudnn.enabled
+    first, second = _without_cudnn(), _without_cudnn()
+    for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        step()
+        assert not torch.backends.cudnn.enabled
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.enabled == enabled
+
+
 # Compiled
 
 
@@ -543,6 +564,22 @@ def test_other_sizes_do_not_compile_again(fresh_dynamo, variant, how, batch_firs
         with torch.compiler.set_stance(stance):
             assert_close(results(function, layer, case), results(expected(layer), layer, case))
         stance = "fail_on_recompile"
+
+
+@VARIANT
+def test_transforms_within_a_compiled_function(fresh_dynamo, variant):
+    """They break the graph, and are right; a full graph is refused."""
+    layer = TriGRU(IN, H, variant=variant, dtype=F64)
+    x = torch.randn(2, T, B, IN, dtype=F64)
+
+    def function(x):
+        rows = torch.func.vmap(lambda x: layer(x)[0])(x)
+        return rows, *torch.func.jvp(lambda x: layer(x)[0], (x[0],), (x[1],))
+
+    assert_close(torch.compile(function, backend="aot_eager")(x), function(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot hold a TriGRU inside"):
+        torch.compile(function, backend="aot_eager", fullgraph=True)(x)
 
 
 # As any other module
@@ -744,6 +781,22 @@ def test_hooks_and_pruning_come_along():
     model[0](x)[0].sum().backward()
     grad = model[0].weight_hh_l0_orig.grad
     assert torch.equal(grad == 0, model[0].weight_hh_l0_mask == 0)
+
+
+def test_a_hook_that_knows_its_module_knows_the_new_one():
+    model, seen = nn.ModuleList([nn.GRU(IN, H)]), []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    replace_gru(model)
+    model.load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+
+
+def test_a_parametrised_layer_has_no_nn_gru():
+    for layer in (type("Mine", (TriGRU,), {})(IN, H), TriGRU(IN, H)):
+        if type(layer) is TriGRU:
+            nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+        with pytest.raises(TypeError, match="expected a TriGRU itself, got"):
+            layer.to_torch()
 
 
 def test_a_parametrised_layer_is_left_alone():

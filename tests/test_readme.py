@@ -23,6 +23,21 @@ def test_two_commands():
     assert re.fullmatch(r"# run the main job\n.+ && .+\n# pass the tests\n.+ && pytest\n", block)
 
 
+def test_what_is_supported_is_tested():
+    _, section = README.split("## What is supported\n")
+    lines = section.split("\n## ")[0].splitlines()
+    _, *rows = [line.split("|") for line in lines if line.startswith("| ")]
+    assert rows
+    tests = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row[-2])
+        assert named and tests.issuperset(named), f"{row[1]}: {named}"
+
+
 def test_evidence_is_up_to_date():
     _, rest = README.split(START)
     said, _ = rest.split(END)

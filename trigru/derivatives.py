@@ -1,17 +1,24 @@
-"""How the operators of `ops` are differentiated, to any order and both ways, and batched by vmap.
+"""How the operators of `ops` are differentiated, to any order, and batched by vmap.
 
 A first derivative is the walk back, a kernel of its own. What lies beyond it goes through
-`reference`, which is made of differentiable torch operations.
+`reference`, which is made of differentiable torch operations, and so does forward-mode AD.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is at work, here or in torch.func. Nested, it would leave out the
+    inner tangents of an autograd.Function without a word."""
+    return forward_ad._current_level >= 0
 
 
 def _walk(textbook: bool, reverse: bool, bidirectional: bool) -> dict[str, Any]:
@@ -19,7 +26,7 @@ def _walk(textbook: bool, reverse: bool, bidirectional: bool) -> dict[str, Any]:
 
 
 class Recurrence(torch.autograd.Function):
-    """`trigru::forward` with its derivatives, both ways, and its batching rule.
+    """`trigru::forward` with its gradients and its batching rule.
 
     The saved gates are an output so that a second derivative can flow through them: they are
     functions of gx and the state, and what differentiating `WalkBack` sends to them returns here
@@ -31,12 +38,11 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        gx, h0, w_hh, b_hh, offsets, *ctx.switches, ctx.save = inputs
+        _, h0, w_hh, b_hh, offsets, *ctx.switches, _ = inputs
         y, _, gates = output
         ctx.has_bias = b_hh is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h0, w_hh, y, gates, offsets)
-        ctx.save_for_forward(gx, h0, w_hh, b_hh, offsets)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dgates):
@@ -45,10 +51,12 @@ class Recurrence(torch.autograd.Function):
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         tensors = dy, dh_n, h0, w_hh, y, gates, offsets
-        if dgates is None:
-            dgx, dgh, dh0 = WalkBack.apply(*tensors, *ctx.switches)
-        else:
+        if dgates is not None or forward_mode():
             dgx, dgh, dh0 = reference.gru_backward(*tensors, **_walk(*ctx.switches), dgates=dgates)
+        elif torch.compiler.is_compiling():  # compiled autograd
+            dgx, dgh, dh0 = torch.ops.trigru.backward(*tensors, *ctx.switches)
+        else:
+            dgx, dgh, dh0 = WalkBack.apply(*tensors, *ctx.switches)
         dw_hh = db_hh = None
         if any(ctx.needs_input_grad[2:4]):
             before = reference.states_before(
@@ -59,22 +67,12 @@ class Recurrence(torch.autograd.Function):
         return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, *[None] * 5
 
     @staticmethod
-    def jvp(ctx, dgx, dh0, dw_hh, db_hh, *_):
-        *tensors, offsets = ctx.saved_tensors
-
-        def function(gx, h0, w_hh, b_hh=None):
-            walk = _walk(*ctx.switches)
-            return reference.gru_forward(gx, h0, w_hh, b_hh, offsets, **walk, save=ctx.save)
-
-        return _push_forward(function, tensors, (dgx, dh0, dw_hh, db_hh))
-
-    @staticmethod
     def vmap(info, in_dims, *inputs):
         return _vmap(Recurrence.apply, "rswwo", "rsr", info, in_dims, *inputs)
 
 
 class WalkBack(torch.autograd.Function):
-    """`trigru::backward` with its derivatives, which are those of `reference`'s walk back."""
+    """`trigru::backward` with gradients, those of `reference`'s walk back, and a batching rule."""
 
     @staticmethod
     def forward(*inputs):
@@ -84,35 +82,21 @@ class WalkBack(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         tensors, switches = inputs[:7], inputs[7:]
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.function = functools.partial(reference.gru_backward, **_walk(*switches))
+        ctx.walk = _walk(*switches)
 
     @staticmethod
     def backward(ctx, *cotangents):
         *tensors, offsets = ctx.saved_tensors
-        _, pull, *_ = torch.func.vjp(functools.partial(ctx.function, offsets=offsets), *tensors)
+        function = functools.partial(reference.gru_backward, offsets=offsets, **ctx.walk)
+        _, pull, *_ = torch.func.vjp(function, *tensors)
         return *pull(cotangents), *[None] * 4
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        *tensors, offsets = ctx.saved_tensors
-        function = functools.partial(ctx.function, offsets=offsets)
-        return _push_forward(function, tensors, tangents[:6])
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         return _vmap(WalkBack.apply, "rsswrro", "rrs", info, in_dims, *inputs)
 
 
-def _push_forward(function: Callable, primals: Sequence, tangents: Sequence) -> tuple:
-    """J t, from what autograd can do inside every transform: vᵀJ is linear in v, so that its own
-    vector-Jacobian product in the direction t is J t."""
-    pairs = [(p, t) for p, t in zip(primals, tangents, strict=True) if p is not None]
-    outputs, pull, *_ = torch.func.vjp(function, *(p for p, _ in pairs))
-    _, push, *_ = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
-    return push(tuple(torch.zeros_like(p) if t is None else t for p, t in pairs))[0]
-
-
+@torch.compiler.disable
 def _vmap(
     operator: Callable, kinds: str, out_kinds: str, info: Any, in_dims: tuple, *inputs: Any
 ) -> tuple[tuple, tuple]:
@@ -130,7 +114,7 @@ def _vmap(
     # The calls are brought before D or behind B, and made one with it.
     into = {"r": D_in_rows, "s": 0, "w": 0} if own_weights else {"r": D_in_rows - 1, "s": 1}
     behind = 0 if own_weights else 1
-    folded = list(inputs)
+    folded, others = list(inputs), {}  # others: the size of what the calls are made one with
     for i, (kind, tensor, dim) in enumerate(zip(kinds, inputs, in_dims, strict=False)):
         if kind in into and tensor is not None:
             at = into[kind] + behind
@@ -138,6 +122,7 @@ def _vmap(
                 tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], V, *tensor.shape[at:])
             else:
                 tensor = tensor.movedim(dim, at)
+            others[kind] = tensor.shape[into[kind] + 1 - behind]
             folded[i] = tensor.flatten(into[kind], into[kind] + 1)
         elif kind == "o" and tensor is not None and not own_weights:
             folded[i] = tensor * V
@@ -147,7 +132,8 @@ def _vmap(
             outputs.append(output.expand(V, 0))
             out_dims.append(0)
         else:
-            outputs.append(output.unflatten(into[kind], (V, -1) if own_weights else (-1, V)))
+            sizes = (V, others[kind]) if own_weights else (others[kind], V)
+            outputs.append(output.unflatten(into[kind], sizes))
             out_dims.append(into[kind] + behind)
     return tuple(outputs), tuple(out_dims)
 
@@ -160,7 +146,7 @@ def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tupl
     # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
     # takes them step by step, so there the sum is one of short ones: not while a graph is traced,
     # which must not depend on their number.
-    rows = 64 if type(dgh) is Tensor and not dgh.is_cuda else dgh.shape[0]
+    rows = 64 if type(dgh) is Tensor and dgh.device.type == "cpu" else dgh.shape[0]
 
     def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over the rows
         parts = zip(gradients.split(rows), operand.flatten(0, -3).split(rows), strict=True)

@@ -1,7 +1,10 @@
 """`TriGRU`, the layer that stands where `torch.nn.GRU` stands."""
 
+import copy
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -107,10 +110,7 @@ class TriGRU(nn.RNNBase):
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
-        hx = self._check(input, hx, None)
-        if input.shape[1 - batch_dim] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
+        hx = self._checked_sizes(input, hx, None)
         output, h_n = self._run(input, hx, None)
         if not batched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
@@ -124,36 +124,57 @@ class TriGRU(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
-        hx = self._check(data, hx, batch_sizes)
+        hx = self._checked_sizes(data, hx, batch_sizes)
         output, h_n = self._run(data, hx, batch_sizes)
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(h_n, unsorted_indices),
         )
 
-    def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> Tensor:
-        """Refuse what nn.GRU and the operators under it refuse; returns hx, zeros if None."""
+    def _checked_sizes(
+        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
+    ) -> Tensor:
+        """Refuse what nn.GRU itself refuses; returns hx, zeros if None."""
         self._update_flat_weights()  # what functional_call has put in place
         if hx is None:
             hx = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
         self.check_forward_args(input, hx, batch_sizes)
-        autocast = torch._C._is_any_autocast_enabled()
-        weights: list[Any] = self._flat_weights
-        for name, tensor in [("hidden", hx), *(("parameter", w) for w in weights)]:
+        return hx
+
+    def _check_tensors(
+        self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> None:
+        """Refuse what PyTorch's operators under nn.GRU refuse, in their words where they are clear:
+        a kernel would read and write wherever it is told to."""
+        named = [("hidden", hx), *(("parameter", w) for w in weights)]
+        for name, tensor in named:
             if tensor.device != input.device:
                 raise RuntimeError(
                     f"Input and {name} tensors are not at the same device, found input tensor at "
                     f"{input.device} and {name} tensor at {tensor.device}"
                 )
-            if tensor.dtype != input.dtype and not autocast:
+        if batch_sizes is None and input.shape[1 if self.batch_first else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        for name, tensor in named:
+            if tensor.dtype != input.dtype:
                 ours, theirs = (t.type().split(".")[-1][: -len("Tensor")] for t in (input, tensor))
                 raise RuntimeError(
                     f"Input and {name} tensors are not the same dtype, found input tensor with "
                     f"{ours} and {name} tensor with {theirs}"
                 )
-        return hx
+        if batch_sizes is not None and (
+            batch_sizes.dtype != torch.int64
+            or int(batch_sizes[-1]) < 1
+            or bool((batch_sizes.diff() > 0).any())
+            or int(batch_sizes.sum()) != len(input)
+        ):
+            raise RuntimeError(
+                "batch_sizes must be of int64, at least 1, never grow, and sum up to the "
+                f"{len(input)} rows of the data, got {batch_sizes}"
+            )
 
     def _run(self, input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        weights: list[Any]
         input, hx, *weights = ops.autocast(input, hx, *self._flat_weights)
         textbook, dtype = self.variant == "textbook", input.dtype
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
@@ -163,14 +184,19 @@ class TriGRU(nn.RNNBase):
         ) and ops.why_no_kernel(input.device, dtype, self.hidden_size, textbook):
             ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
             how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
-            with _without_cudnn():
+            with _without_cudnn() if input.is_cuda else nullcontext():
                 if batch_sizes is None:
                     return torch.gru(input, hx, weights, *how, self.batch_first)
                 return torch.gru(input, batch_sizes, hx, weights, *how)
 
+        self._check_tensors(input, hx, weights, batch_sizes)
         x, offsets = input, None
         if batch_sizes is not None:  # (N, I), a row for every step of every sequence
-            if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            if (
+                input.is_cuda
+                and not torch.compiler.is_compiling()
+                and torch.cuda.is_current_stream_capturing()
+            ):
                 raise RuntimeError(
                     "a CUDA graph cannot hold a PackedSequence, whose lengths are on the host; "
                     "give the layer padded input"
@@ -246,7 +272,10 @@ class TriGRU(nn.RNNBase):
     def to_torch(self) -> nn.GRU:
         """An nn.GRU that computes what this layer computes and shares its parameters and hooks.
 
-        Raises ValueError for the textbook variant, which nn.GRU cannot compute."""
+        Raises ValueError for the textbook variant, which nn.GRU cannot compute; TypeError for a
+        subclass, as with a parametrisation."""
+        if type(self) is not TriGRU:
+            raise TypeError(f"expected a TriGRU itself, got {type(self).__name__}")
         if self.variant != "torch":
             raise ValueError(f"nn.GRU cannot compute the {self.variant} variant")
         layer = _same_state(self, nn.GRU)
@@ -261,19 +290,37 @@ def _same_state(source: Any, target: Any) -> Any:
         name: value.copy() if isinstance(value, dict | list) else value
         for name, value in vars(source).items()
     }
+    for key, hook in layer._load_state_dict_pre_hooks.items():
+        if hook.with_module:  # these alone know whose they are
+            hook = copy.copy(hook)
+            hook.module = weakref.ref(layer)
+            layer._load_state_dict_pre_hooks[key] = hook
     return layer
+
+
+_cudnn_lock = threading.Lock()
+_cudnn_users = 0  # calls that have switched it off, in whatever threads
+_cudnn_before = True
 
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
     """cuDNN's GRU has no gradients in eval mode and no second ones, and re-packs the weights with a
-    warning; ATen's own does right in all of that. (The public `cudnn.flags` resets other flags.)"""
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
+    warning; ATen's own does right in all of that. The switch is the whole process's: meanwhile
+    other threads do without cuDNN, too. (The public `cudnn.flags` resets other flags.)"""
+    global _cudnn_users, _cudnn_before
+    with _cudnn_lock:
+        if _cudnn_users == 0:
+            _cudnn_before = torch._C._get_cudnn_enabled()
+            torch._C._set_cudnn_enabled(False)
+        _cudnn_users += 1
     try:
         yield
     finally:
-        torch._C._set_cudnn_enabled(enabled)
+        with _cudnn_lock:
+            _cudnn_users -= 1
+            if _cudnn_users == 0:
+                torch._C._set_cudnn_enabled(_cudnn_before)
 
 
 def replace_gru(model: nn.Module) -> int:
@@ -281,7 +328,8 @@ def replace_gru(model: nn.Module) -> int:
 
     Optimisers that hold the parameters go on working. A layer that is used in several places is
     replaced by one TriGRU in all of them. Subclasses of nn.GRU are left alone, for what they change
-    is not known, and so are parametrised ones. Hooks come along, pruning included.
+    is not known, and so are parametrised ones. Hooks come along, pruning included, but a handle to
+    a hook removes it from the nn.GRU only.
 
     Returns how many layers were replaced. Raises ValueError if `model` itself is an nn.GRU, which
     nothing holds: use `TriGRU.from_torch` for it."""

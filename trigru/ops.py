@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .derivatives import Recurrence
+from .derivatives import Recurrence, forward_mode
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it exists for Linux only
@@ -118,18 +118,37 @@ def recurrence(
         raise RuntimeError(
             f"all tensors must be on one device, got {[str(t.device) for t in tensors]}"
         )
+    *lead, D, rows = gx.shape
+    H, B = rows // 3, h0.shape[1] if offsets is not None else lead[-1]
+    if (h0.shape, w_hh.shape) != ((D, B, H), (D, 3 * H, H)) or (
+        b_hh is not None and b_hh.shape != (D, 3 * H)
+    ):
+        shapes = [tuple(t.shape) for t in tensors]
+        raise RuntimeError(f"gx, h0, w_hh and b_hh do not go together: {shapes}")
+    # A graph holds the operator, which autograd knows too; the transforms of torch.func need more.
+    compiling = torch.compiler.is_compiling()
+    if compiling and transformed():
+        raise NotImplementedError(
+            "a graph of torch.compile cannot hold a TriGRU inside a transform of torch.func: leave "
+            "fullgraph out, or compile around the transform"
+        )
+    if forward_mode():
+        y, h_n, _ = reference.gru_forward(
+            gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse,
+            bidirectional=D == 2, save=False,
+        )  # fmt: skip
+        return y, h_n
     save = torch.is_grad_enabled() and (
         transformed() or any(t.requires_grad for t in tensors)  # seen at one level only
     )
-    # A graph holds the operator, which autograd knows too; the transforms of torch.func need more.
-    function = torch.ops.trigru.forward if torch.compiler.is_compiling() else Recurrence.apply
-    y, h_n, _ = function(gx, h0, w_hh, b_hh, offsets, textbook, reverse, len(h0) == 2, save)
+    function = torch.ops.trigru.forward if compiling else Recurrence.apply
+    y, h_n, _ = function(gx, h0, w_hh, b_hh, offsets, textbook, reverse, D == 2, save)
     return y, h_n
 
 
 def transformed() -> bool:
     """Whether a transform of `torch.func` is at work."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def autocast(*tensors: Any) -> list[Any]:
@@ -212,9 +231,14 @@ def _forward(
         gx, h0, w_hh = gx.contiguous(), h0.contiguous(), w_hh.contiguous()
         b_hh = None if b_hh is None else b_hh.contiguous()
         plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook)
-        return forward.gru_forward(gx, h0, w_hh, b_hh, offsets, plan=plan, **walk)
-    warn_of_fallback(gx.device, gx.dtype, H, textbook)
-    return reference.gru_forward(gx, h0, w_hh, b_hh, offsets, **walk)
+        results = forward.gru_forward(gx, h0, w_hh, b_hh, offsets, plan=plan, **walk)
+    else:
+        warn_of_fallback(gx.device, gx.dtype, H, textbook)
+        results = reference.gru_forward(gx, h0, w_hh, b_hh, offsets, **walk)
+    # Autograd lets nobody change views of many results in place, as people do with h_n: make them
+    # tensors of their own, on the same memory.
+    y, h_n, gates = (t.new_empty(0).set_(t) for t in results)  # type: ignore[call-overload]
+    return y, h_n, gates
 
 
 @_forward.register_fake
