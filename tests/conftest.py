@@ -5,6 +5,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from interpreted import warm_up
+from layers import believing_in_kernels
 
 from perf.evidence import LOST
 from perf.measure import is_lost
@@ -50,3 +51,12 @@ def interpreted():
             os.environ["TRITON_INTERPRET"] = before
         pool.submit(warm_up).result()
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@pytest.fixture(params=["aten", "ops", "textbook"])
+def form(request, monkeypatch):
+    """The variant, and for nn.GRU's form whether ATen's or our own operators compute it: the
+    latter do where there is a kernel, so let the layer, but not the operators, believe in one."""
+    if request.param == "ops":
+        monkeypatch.setattr("trigru.layer.ops", believing_in_kernels())
+    return "textbook" if request.param == "textbook" else "torch"

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_contract import (
+from layers import (
     BF16,
     F64,
     FP16,

@@ -5,7 +5,6 @@ import io
 import itertools
 import pickle
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,16 +32,6 @@ SETTINGS = pytest.mark.parametrize(
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 STACK = {"num_layers": 2, "bidirectional": True}  # every kind of weight there is
-
-
-@pytest.fixture(params=["aten", "ops", "textbook"])
-def form(request, monkeypatch):
-    """The variant, and for nn.GRU's form whether ATen's or our own operators compute it: the
-    latter do where there is a kernel, so let the layer, but not the operators, believe in one."""
-    if request.param == "ops":
-        believes = SimpleNamespace(**vars(ops) | {"why_no_kernel": lambda *args: None})
-        monkeypatch.setattr("trigru.layer.ops", believes)
-    return "textbook" if request.param == "textbook" else "torch"
 
 
 def textbook_stack(layer, weights, x, hx=None):
