@@ -4,6 +4,7 @@ differentiable loop of the reference, which is made of torch's own operations.""
 import pytest
 import torch
 from interpreted import offsets_of
+from torch.autograd import functional
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.testing import assert_close
 
@@ -135,6 +136,85 @@ def test_packed_sequences_are_each_computed_alone(textbook, D, reverse):
         return ops.recurrence(gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse)
 
     assert_close(differentiate(ours, inputs, cotangents), differentiate(alone, inputs, cotangents))
+
+
+@FORMS
+@PACKED
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first", "and second"])
+def test_gradients_in_batches(case, create_graph):
+    """All at once as one after the other: of both outputs or one, for all inputs or one, and what
+    is derived from them in turn."""
+    ours, _, tensors = case
+    leaves = [t.requires_grad_() for t in tensors]
+    y, h_n = ours(*leaves)
+    dy, dh_n = (torch.randn(4, *t.shape, dtype=F64) for t in (y, h_n))
+    for outputs, batch, inputs in (
+        ((y, h_n), (dy, dh_n), leaves),
+        ((y,), (dy,), leaves),
+        ((h_n,), (dh_n[:1],), leaves),
+        ((y, h_n), (dy.expand(4, *y.shape), dh_n), leaves[:1]),
+        ((y,), (dy,), leaves[2:]),
+    ):
+        how = {"retain_graph": True, "create_graph": create_graph}
+        actual = torch.autograd.grad(outputs, inputs, batch, is_grads_batched=True, **how)
+        each = [
+            torch.autograd.grad(outputs, inputs, one, **how) for one in zip(*batch, strict=True)
+        ]
+        exact = tuple(map(torch.stack, zip(*each, strict=True)))
+        assert_close(actual, exact)
+        if create_graph:
+            second = [
+                torch.autograd.grad(sum(t.sin().sum() for t in first), leaves, retain_graph=True)
+                for first in (actual, exact)
+            ]
+            assert_close(*second)
+
+
+def test_no_batches_of_batches():
+    inputs, _ = problem(2, 3, 1, 2, textbook=True, dtype=F64)
+    gx = inputs["gx"].requires_grad_()
+    y, _ = ops.recurrence(gx, inputs["h0"], inputs["w_hh"], None, textbook=True)
+
+    def pull(dy):
+        return torch.autograd.grad(y, gx, dy, is_grads_batched=True)[0]
+
+    with pytest.raises(NotImplementedError, match=r"under nested is_grads_batched=True: use torch"):
+        torch._vmap_internals._vmap(pull)(torch.randn(2, 3, *y.shape, dtype=F64))
+
+
+VECTORIZED = {
+    "jacobian": lambda f, t, v: functional.jacobian(f, t, vectorize=v),
+    "jacobian, forward": lambda f, t, v: functional.jacobian(
+        f, t, vectorize=v, strategy="forward-mode" if v else "reverse-mode"
+    ),
+    "hessian": lambda f, t, v: functional.hessian(loss_of(f), t, vectorize=v),
+    "hessian, forward": lambda f, t, v: functional.hessian(
+        loss_of(f),
+        t,
+        vectorize=v,
+        outer_jacobian_strategy="forward-mode" if v else "reverse-mode",
+    ),
+    "of the jacobian": lambda f, t, v: torch.autograd.grad(
+        sum(j.sin().sum() for js in functional.jacobian(f, t, True, vectorize=v) for j in js), t
+    ),
+    "of the hessian": lambda f, t, v: torch.autograd.grad(
+        sum(
+            h.sin().sum() for hs in functional.hessian(loss_of(f), t, True, vectorize=v) for h in hs
+        ),
+        t,
+    ),
+}
+
+
+@FORMS
+@PACKED
+@pytest.mark.parametrize("derivative", VECTORIZED)
+def test_vectorized_derivatives(case, derivative):
+    ours, theirs, tensors = case
+    leaves = tuple(t.requires_grad_() for t in tensors[1:])  # a hessian for gx, too, takes long
+    actual = VECTORIZED[derivative](lambda *t: ours(tensors[0], *t), leaves, True)
+    exact = VECTORIZED[derivative](lambda *t: theirs(tensors[0], *t), leaves, False)
+    assert_close(actual, exact)
 
 
 def test_no_vmap_over_lengths():

@@ -236,6 +236,19 @@ def test_per_sample_gradients():
 
 
 @VARIANTS
+def test_gradients_in_batches(textbook):
+    """In autograd's thread for the device, which does not know of the vmap around the call."""
+    layer = TriGRU(8, 64, variant="textbook" if textbook else "torch", device=DEVICE)
+    x = torch.randn(5, 3, 8, device=DEVICE, requires_grad=True)
+    inputs, (y, _) = [x, *layer.parameters()], layer(x)
+    batch = torch.randn(4, *y.shape, device=DEVICE)
+    together = torch.autograd.grad(y, inputs, batch, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in batch]
+    for gradients, alone in zip(together, zip(*each, strict=True), strict=True):
+        assert relative_error(gradients, torch.stack(alone)) < 1e-2  # TF32 in other tiles
+
+
+@VARIANTS
 def test_on_another_stream(textbook):
     inputs, cotangents = problem(50, 20, 1, 512, textbook=textbook, dtype=BF16, device=DEVICE)
     expected = run(inputs, cotangents, textbook=textbook)

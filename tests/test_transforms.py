@@ -14,6 +14,7 @@ from layers import (
     H,
     T,
     as_it_is,
+    data_of,
     expected,
     in_double,
     make_hx,
@@ -311,6 +312,35 @@ def test_vmap_under_autocast(variant):
         actual = named(vmap(layer)(xs))
     exact = loop(expected(double), doubles)
     assert_within_rule(actual, exact, loop(expected(layer, dtype=BF16), xs))
+
+
+# The older vmap, of torch.autograd
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
+@pytest.mark.parametrize("arrange", [as_it_is, unsorted], ids=["dense", "packed"])
+def test_gradients_in_batches(form, batch_first, arrange):
+    layer = TriGRU(IN, H, **STACK, batch_first=batch_first, variant=form, dtype=F64)
+    x, hx = (t.requires_grad_() for t in packed_case(layer, unsorted))
+    output, h_n = layer(arrange(x), hx)
+    outputs, inputs = (data_of(output), h_n), [x, hx, *layer.parameters()]
+    batch = [torch.randn(3, *t.shape, dtype=F64) for t in outputs]
+    how = {"retain_graph": True}
+    actual = torch.autograd.grad(outputs, inputs, batch, is_grads_batched=True, **how)
+    each = [torch.autograd.grad(outputs, inputs, one, **how) for one in zip(*batch, strict=True)]
+    assert_close(actual, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+def test_vectorized_jacobian_and_hessian(form):
+    p = Problem(form)
+    for derivative in (
+        lambda f, v: torch.autograd.functional.jacobian(of_x(f, p), p.x, vectorize=v),
+        lambda f, v: torch.autograd.functional.hessian(loss(of_x(f, p)), p.x, vectorize=v),
+        lambda f, v: torch.autograd.functional.hessian(
+            loss(with_weight_of(f, p, "bias_ih_l1")), p.w["bias_ih_l1"], vectorize=v
+        ),
+    ):
+        assert_close(derivative(p.ours, True), derivative(p.theirs, False))
 
 
 # Deterministic algorithms

@@ -25,6 +25,51 @@ def _walk(textbook: bool, reverse: bool, bidirectional: bool) -> dict[str, Any]:
     return {"textbook": textbook, "reverse": reverse, "bidirectional": bidirectional}
 
 
+def _gradients_may_be_batched(backward: Callable) -> Callable:
+    """A `backward` for torch.autograd.grad(is_grads_batched=True) too, and so for
+    torch.autograd.functional with vectorize=True.
+
+    They batch by a vmap older than torch.func's, of which an autograd.Function knows nothing: what
+    it returns would not be in the graph, and second derivatives wrong without a word. So take the
+    batch off the gradients, and let torch.func's vmap do it, by the rules that are here."""
+
+    @functools.wraps(backward)
+    def function(ctx, *gradients):
+        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        batched = [g is not None and is_batched(g) for g in gradients]
+        if torch.compiler.is_compiling() or not any(batched):
+            return backward(ctx, *gradients)
+        level = _legacy_level(gradients[batched.index(True)])
+        plain = [
+            torch._remove_batch_dim(g, level, 1, 0) if b else g
+            for g, b in zip(gradients, batched, strict=True)
+        ]
+        wanted: list[bool] = []  # vmap knows no None
+
+        def wanted_alone(*gradients):
+            results = backward(ctx, *gradients)
+            wanted[:] = (r is not None for r in results)
+            return tuple(r for r in results if r is not None)
+
+        results = iter(torch.vmap(wanted_alone, tuple(0 if b else None for b in batched))(*plain))
+        return tuple(torch._add_batch_dim(next(results), 0, level) if w else None for w in wanted)
+
+    return function
+
+
+def _legacy_level(tensor: Tensor) -> int:
+    """The nesting of the vmap that batched the tensor. Only the thread that called it knows the
+    current one, and CUDA's gradients are computed in another."""
+    for level in range(1, 65):  # as many as there can be
+        if not torch._C._functorch.is_legacy_batchedtensor(
+            torch._remove_batch_dim(tensor, level, 1, 0)
+        ):
+            return level
+    raise NotImplementedError(
+        "TriGRU has no gradients under nested is_grads_batched=True: use torch.func.vmap"
+    )
+
+
 class Recurrence(torch.autograd.Function):
     """`trigru::forward` with its gradients and its batching rule.
 
@@ -45,6 +90,7 @@ class Recurrence(torch.autograd.Function):
         ctx.save_for_backward(h0, w_hh, y, gates, offsets)
 
     @staticmethod
+    @_gradients_may_be_batched
     def backward(ctx, dy, dh_n, dgates):
         h0, w_hh, y, gates, offsets = ctx.saved_tensors
         textbook, reverse, bidirectional = ctx.switches
@@ -85,6 +131,7 @@ class WalkBack(torch.autograd.Function):
         ctx.walk = _walk(*switches)
 
     @staticmethod
+    @_gradients_may_be_batched
     def backward(ctx, *cotangents):
         *tensors, offsets = ctx.saved_tensors
         function = functools.partial(reference.gru_backward, offsets=offsets, **ctx.walk)
