@@ -385,6 +385,114 @@ def test_read_only_arrays_and_tensors_are_taken_too(recwarn):
     assert not recwarn.list
 
 
+class OnlyArray:
+    """What other libraries' arrays and variables have in common."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None):
+        return self.array
+
+
+class KerasVariable(OnlyArray):
+    """Has items but no length, and names its dtype."""
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype.name)
+
+    def __getitem__(self, index):
+        return self.array[index]
+
+
+class JaxArray(OnlyArray):
+    """Whose rows are of its own kind."""
+
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        return JaxArray(self.array[index])
+
+
+class FlaxVariable:
+    """Which asks its value for everything."""
+
+    def __init__(self, array):
+        self.value = JaxArray(array)
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "value"), name)
+
+
+ARRAYS = {
+    "an array alone": OnlyArray,
+    "Keras": KerasVariable,
+    "JAX": JaxArray,
+    "Flax": FlaxVariable,
+    "list": list,  # of arrays, or of NumPy's numbers, which have a dtype
+    "tuple": lambda array: tuple(OnlyArray(np.asarray(row)) for row in array),
+    "another byte order": lambda array: array.astype(">f8"),
+    "backwards in memory": lambda array: array[::-1].copy()[::-1],
+}
+
+
+def changed(tree, function):
+    """The list or the dictionaries with each array as `function` of it."""
+    if isinstance(tree, list):
+        return [changed(each, function) for each in tree]
+    if isinstance(tree, dict):
+        return {name: changed(each, function) for name, each in tree.items()}
+    return function(tree) if isinstance(tree, np.ndarray) else tree
+
+
+@FORMAT
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_what_other_libraries_hold_arrays_in(recwarn, name, kind):
+    weights = example(name)
+    layer = read(name, changed(weights, ARRAYS[kind]))
+    expected = read(name, weights).state_dict()
+    for parameter, value in layer.state_dict().items():
+        assert torch.equal(value, expected[parameter])
+    assert not recwarn.list
+
+
+@FORMAT
+def test_numbers_of_python(name):
+    """Which are torch's, of the default dtype."""
+    weights = example(name)
+    layer = read(name, changed(weights, np.ndarray.tolist))
+    for parameter, value in read(name, weights).state_dict().items():
+        assert torch.equal(layer.state_dict()[parameter], value.float())
+
+
+@FORMAT
+def test_bfloat16_of_other_libraries(name):
+    from ml_dtypes import bfloat16  # here, as the tests of ONNX have theirs, which needs it
+
+    weights = example(name)
+    for order in ("C", "F"):
+        layer = read(name, changed(weights, lambda a, o=order: OnlyArray(a.astype(bfloat16, o))))
+        for parameter, value in read(name, weights).state_dict().items():
+            assert torch.equal(layer.state_dict()[parameter], value.bfloat16())
+
+
+def test_what_is_no_array():
+    params = haiku_params()
+    for wrong, message in (
+        (None, r"b must be an array of numbers, got NoneType: Could not infer dtype"),
+        ("bias", r"b must be an array of numbers, got str: "),
+        ([[1.0], [2.0, 3.0]], r"b must be an array of numbers, got list: expected sequence of len"),
+        (np.array(["a"]), r"b must be an array of numbers, got ndarray: can't convert"),
+        (OnlyArray(np.array([None])), r"b must be an array of numbers, got OnlyArray: can't conv"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            convert.from_haiku(params | {"b": wrong})
+
+
 @pytest.mark.parametrize("variant", ops.VARIANTS)
 @DIRECTIONS
 def test_a_stack(variant, D):

@@ -1,7 +1,8 @@
 """A GRU's weights from and to other libraries, as plain arrays; none of them is imported.
 
-Each `from_…` copies a library's arrays into a new TriGRU on the CPU, in their dtype. Each `to_…`
-returns new NumPy arrays. Order of the gates, meaning of z and biases differ:
+Each `from_…` copies a library's arrays into a new TriGRU on the CPU, in their dtype. It takes what
+NumPy takes: the library's own arrays and variables, too, and lists. Each `to_…` returns new NumPy
+arrays. Order of the gates, meaning of z and biases differ:
 
 ==========================  =======  =====================  ===========================  ========
 format                      order    state                  biases                       variant
@@ -48,9 +49,9 @@ def from_keras(
         h' = z ⊙ h + (1 − z) ⊙ hh
 
     Args:
-        weights: what `get_weights()` returns: kernel (I, 3H), recurrent_kernel (H, 3H) and, unless
-            use_bias=False, bias (2, 3H), or (3H,) without reset_after. A Bidirectional's has
-            the forward layer's and then the backward layer's.
+        weights: what `get_weights()` returns, or the layer's `weights`: kernel (I, 3H),
+            recurrent_kernel (H, 3H) and, unless use_bias=False, bias (2, 3H), or (3H,) without
+            reset_after. A Bidirectional's has the forward layer's and then the backward layer's.
         reset_after: the Keras layer's, True by default. True is variant "torch", False "textbook".
         batch_first: the TriGRU's. Keras' own input is (B, T, I), as with batch_first=True.
 
@@ -322,14 +323,35 @@ def _negative_z(tensor: Tensor) -> Tensor:
 
 def _tensors(arrays: Mapping[str, Any]) -> Weights:
     """The arrays on the CPU. Raises TypeError unless they are of one floating dtype."""
-    tensors = [
-        a.detach().cpu() if isinstance(a, Tensor) else torch.tensor(a, device="cpu")
-        for a in arrays.values()
-    ]
+    tensors = []
+    for name, array in arrays.items():
+        try:
+            tensors.append(_tensor(array))
+        except (RuntimeError, TypeError, ValueError) as reason:  # whatever torch makes of it
+            raise TypeError(
+                f"{name} must be an array of numbers, got {type(array).__name__}: {reason}"
+            ) from reason
     dtypes = {name: t.dtype for name, t in zip(arrays, tensors, strict=True)}
     if not tensors[0].is_floating_point() or len(set(dtypes.values())) > 1:
         raise TypeError(f"all arrays must have one floating dtype, got {dtypes}")
     return tensors
+
+
+def _tensor(array: Any) -> Tensor:
+    """On the CPU, from a tensor, or from whatever NumPy takes: other libraries' arrays and
+    variables, which need have no more than `__array__`, and lists."""
+    if isinstance(array, Tensor):
+        return array.detach().cpu()
+    if isinstance(array, list | tuple) and any(hasattr(row, "__array__") for row in array):
+        return torch.stack([_tensor(row) for row in array])
+    if not hasattr(array, "__array__"):
+        return torch.tensor(array, device="cpu")
+    array = array.__array__()
+    # A copy, for torch takes neither the other byte order, which files have, nor negative strides.
+    array = array.astype(array.dtype.newbyteorder("="), order="C")
+    if array.dtype.name == "bfloat16":  # which is not NumPy's own, and torch does not know it
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _named(params: Mapping[str, Any], names: Sequence[str]) -> Weights:
