@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 import torch
+from interpreted import offsets_of
 from numerics import assert_within_rule
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from trigru import gru, ops
 from trigru.accuracy import differentiate, eager_loop, nn_gru, problem, yardsticks
@@ -419,6 +421,34 @@ def test_without_triton():
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "Triton is not installed", run.stderr
+
+
+@FORMS
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("D, reverse", [(1, True), (2, False)], ids=str)
+def test_flops(D, reverse, packed, textbook, bias):
+    """As many as of the same products one by one."""
+    offsets = offsets_of([5, 3, 3, 1]) if packed else None
+    how = {"textbook": textbook, "dtype": torch.float32, "offsets": offsets}
+    inputs, cotangents = problem(5, 4, D, 6, **how)
+    inputs = inputs if bias else inputs | {"b_hh": None}
+
+    def ours(**leaves):
+        return ops.recurrence(**leaves, offsets=offsets, textbook=textbook, reverse=reverse)
+
+    counts = []
+    for function in (ours, eager_loop(textbook=textbook, reverse=reverse, offsets=offsets)):
+        leaves = leaves_of(inputs)
+        with FlopCounterMode(display=False) as counter:
+            results = function(**leaves)
+        forwards = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward(results, tuple(cotangents.values()))
+        counts.append((forwards, counter.get_total_flops()))
+    rows = 20 if offsets is None else 12
+    products = 2 * rows * D * 18 * 6
+    # A step back is multiplied by U once, and once more for the gradient of U.
+    assert counts == [(products, 2 * products)] * 2
 
 
 def test_autocast_leaves_float64_and_integers_alone():

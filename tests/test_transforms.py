@@ -39,6 +39,7 @@ from torch.func import (
     vmap,
 )
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from trigru import TriGRU
 
@@ -362,6 +363,24 @@ def test_same_bits_every_time(deterministic, form, arrange):
         runs.append(results(layer, layer, *case, arrange=arrange))
     for again in runs[1:]:
         assert_close(again, runs[0], rtol=0, atol=0)
+
+
+# Counting
+
+
+@pytest.mark.parametrize("arrange", [as_it_is, unsorted], ids=["dense", "packed"])
+def test_flops(form, arrange):
+    """As many as of nn.GRU, whose products have the textbook form's sizes."""
+    layer = TriGRU(IN, H, **STACK, variant=form)
+    x, hx = (t.requires_grad_() for t in packed_case(layer))
+    counts = []
+    for each in (layer, torch.nn.GRU(IN, H, **STACK)):
+        with FlopCounterMode(display=False) as counter:
+            output, h_n = each(arrange(x), hx)
+            forwards = counter.get_total_flops()
+            (data_of(output).sum() + h_n.sum()).backward()
+        counts.append((forwards, counter.get_total_flops()))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
 
 
 # torch.export

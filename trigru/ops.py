@@ -7,11 +7,13 @@ is parallel over time, here the weight gradients, is done around them by torch's
 
 import functools
 import importlib.util
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import reference
 from .derivatives import Recurrence, forward_mode
@@ -281,3 +283,18 @@ def _(dy, dh_n, h0, w_hh, y, gates, offsets, textbook, reverse, bidirectional):
 
 
 _forward.register_autograd(Recurrence.backward, setup_context=Recurrence.setup_context)
+
+
+# For FlopCounterMode: the recurrent products. What is multiplied around the operators, torch's own
+# do, which count by themselves.
+def _forward_flops(gx, h0, *args, **kwargs) -> int:
+    return 2 * math.prod(gx) * h0[-1]  # of gx (T, B, D, 3H) or (N, D, 3H)
+
+
+def _backward_flops(dy, dh_n, *args, **kwargs) -> int:
+    return 2 * math.prod(dy) * 3 * dh_n[-1]
+
+
+if torch.ops.trigru.forward not in flop_registry:  # it is where this module is reloaded
+    register_flop_formula(torch.ops.trigru.forward)(_forward_flops)
+    register_flop_formula(torch.ops.trigru.backward)(_backward_flops)
