@@ -436,10 +436,12 @@ def test_export(fresh_dynamo, variant, settings, with_hx, strict, mode):
 
 
 @VARIANT
-def test_gradients_of_an_exported_layer(fresh_dynamo, variant):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_gradients_of_an_exported_layer(fresh_dynamo, variant, mode):
     layer = TriGRU(IN, H, **STACK, variant=variant, dtype=F64)
     case = packed_case(layer)
-    module = torch.export.export(layer, case).module()
+    with mode():
+        module = torch.export.export(layer, case).module()
     assert_close(results(module, module, *case), results(expected(layer), layer, *case))
 
 

@@ -83,17 +83,20 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, h0, w_hh, b_hh, offsets, *ctx.switches, _ = inputs
+        gx, h0, w_hh, b_hh, offsets, *ctx.switches, save = inputs
         y, _, gates = output
         ctx.has_bias = b_hh is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h0, w_hh, y, gates, offsets)
+        ctx.save_for_backward(h0, w_hh, y, gates, offsets, *(() if save else (gx, b_hh)))
 
     @staticmethod
     @_gradients_may_be_batched
     def backward(ctx, dy, dh_n, dgates):
-        h0, w_hh, y, gates, offsets = ctx.saved_tensors
+        h0, w_hh, y, gates, offsets, *unsaved = ctx.saved_tensors
         textbook, reverse, bidirectional = ctx.switches
+        if unsaved:  # in a graph that was made without gradients, or by torch.jit.trace
+            gx, b_hh = unsaved
+            _, _, gates = torch.ops.trigru.forward(gx, h0, w_hh, b_hh, offsets, *ctx.switches, True)
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
         tensors = dy, dh_n, h0, w_hh, y, gates, offsets

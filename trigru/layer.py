@@ -137,7 +137,11 @@ class TriGRU(nn.RNNBase):
         """Refuse what nn.GRU itself refuses; returns hx, zeros if None."""
         self._update_flat_weights()  # what functional_call has put in place
         if hx is None:
-            hx = input.new_zeros(self.get_expected_hidden_size(input, batch_sizes))
+            shape: Any = self.get_expected_hidden_size(input, batch_sizes)
+            if batch_sizes is not None and torch.jit.is_tracing():
+                # In a trace a number would be that of the example for ever.
+                shape = shape[0], batch_sizes[0], shape[2]
+            hx = input.new_zeros(shape)
         self.check_forward_args(input, hx, batch_sizes)
         return hx
 
@@ -201,6 +205,9 @@ class TriGRU(nn.RNNBase):
                     "a CUDA graph cannot hold a PackedSequence, whose lengths are on the host; "
                     "give the layer padded input"
                 )
+            if torch.jit.is_tracing():  # no check is in the graph, but these sizes are
+                N, B = batch_sizes.sum(), batch_sizes[0]  # which a trace takes for numbers
+                x, hx = x.expand(N, -1), hx.expand(-1, B, -1)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, I)
             x = input.transpose(0, 1)

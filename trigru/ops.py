@@ -128,7 +128,7 @@ def recurrence(
         shapes = [tuple(t.shape) for t in tensors]
         raise RuntimeError(f"gx, h0, w_hh and b_hh do not go together: {shapes}")
     # A graph holds the operator, which autograd knows too; the transforms of torch.func need more.
-    compiling = torch.compiler.is_compiling()
+    compiling, tracing = torch.compiler.is_compiling(), torch.jit.is_tracing()
     if compiling and transformed():
         raise NotImplementedError(
             "a graph of torch.compile cannot hold a TriGRU inside a transform of torch.func: leave "
@@ -140,10 +140,12 @@ def recurrence(
             bidirectional=D == 2, save=False,
         )  # fmt: skip
         return y, h_n
-    save = torch.is_grad_enabled() and (
-        transformed() or any(t.requires_grad for t in tensors)  # seen at one level only
+    save = (
+        torch.is_grad_enabled()
+        and not tracing  # the graph must be the same with and without gradients
+        and (transformed() or any(t.requires_grad for t in tensors))  # seen at one level only
     )
-    function = torch.ops.trigru.forward if compiling else Recurrence.apply
+    function = torch.ops.trigru.forward if compiling or tracing else Recurrence.apply
     y, h_n, _ = function(gx, h0, w_hh, b_hh, offsets, textbook, reverse, D == 2, save)
     return y, h_n
 
@@ -226,6 +228,9 @@ def _forward(
     """→ y (T, B, D, H) or (N, D, H), h_n (D, B, H), and the gates, as y but with (D, G, H), which
     are empty if nothing is to be saved."""
     D, B, H = h0.shape
+    # A graph that was traced brings whatever its user gives it.
+    if gx.shape[-2:] != (D, 3 * H) or (offsets is None and gx.shape[1:-2] != (B,)):
+        raise RuntimeError(f"gx {tuple(gx.shape)} and h0 {tuple(h0.shape)} do not go together")
     walk: dict[str, Any] = {
         "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional, "save": save,
     }  # fmt: skip
