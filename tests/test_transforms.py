@@ -14,6 +14,7 @@ from layers import (
     H,
     T,
     as_it_is,
+    believing_in_kernels,
     data_of,
     expected,
     in_double,
@@ -38,6 +39,8 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -315,7 +318,44 @@ def test_vmap_under_autocast(variant):
     assert_within_rule(actual, exact, loop(expected(layer, dtype=BF16), xs))
 
 
-# The older vmap, of torch.autograd
+# The older ways: torch.autograd's own vmap, and expanded weights
+
+
+PER_SAMPLE = pytest.mark.parametrize(
+    "settings, packed",
+    [({"batch_first": True}, False), (STACK | {"batch_first": True}, False), ({}, True)],
+    ids=["one", "stack", "packed"],
+)
+
+
+def per_sample_call(layer, packed):
+    x, lengths = torch.randn(3, T, IN, dtype=F64), torch.tensor([T, 2, 1])
+    if packed:
+        x = pack_padded_sequence(x, lengths, batch_first=True)
+    return call_for_per_sample_grads(layer, batch_size=3, loss_reduction="sum")(x)
+
+
+@PER_SAMPLE
+def test_expanded_weights(monkeypatch, settings, packed):
+    """Through ATen's GRU wherever the layer is, as with nn.GRU."""
+    monkeypatch.setattr("trigru.layer.ops", believing_in_kernels())
+    layer = TriGRU(IN, H, **settings, dtype=F64)
+    samples = []
+    for each in (layer, copy.deepcopy(layer).to_torch()):
+        torch.manual_seed(1)
+        output, h_n = per_sample_call(each, packed)
+        (data_of(output).square().sum() + h_n.sin().sum()).backward()
+        samples.append({name: p.grad_sample for name, p in each.named_parameters()})
+    assert all(s.shape[0] == 3 and s.any() for s in samples[0].values())
+    assert_close(*samples)
+
+
+@PER_SAMPLE
+def test_expanded_weights_of_the_textbook_form(settings, packed):
+    layer = TriGRU(IN, H, **settings, variant="textbook", dtype=F64)
+    layer.weight_ih_l0.requires_grad_(False)  # and so not expanded
+    with pytest.raises(NotImplementedError, match=r"not the textbook variant: take torch.func.vm"):
+        per_sample_call(layer, packed)
 
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])

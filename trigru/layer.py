@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function
 
 from . import onnx, ops
 
@@ -181,12 +183,20 @@ class TriGRU(nn.RNNBase):
         weights: list[Any]
         input, hx, *weights = ops.autocast(input, hx, *self._flat_weights)
         textbook, dtype = self.variant == "textbook", input.dtype
+        per_sample = has_torch_function(weights) and any(type(w) is ExpandedWeight for w in weights)
+        if per_sample and textbook:
+            raise NotImplementedError(
+                "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook "
+                "variant: take torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
+            )
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
-        if not (
-            textbook or torch.compiler.is_compiling() or ops.transformed()
-        ) and ops.why_no_kernel(input.device, dtype, self.hidden_size, textbook):
-            ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
+        if per_sample or (
+            not (textbook or torch.compiler.is_compiling() or ops.transformed())
+            and ops.why_no_kernel(input.device, dtype, self.hidden_size, textbook)
+        ):
+            if not per_sample:
+                ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
             how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
             with _without_cudnn() if input.is_cuda else nullcontext():
                 if batch_sizes is None:
