@@ -2,14 +2,16 @@
 
 ONNX is imported where it is used: the tests that need a GPU are collected where it is not."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from trigru import TriGRU, convert, ops
+from trigru import TriGRU, convert, gru, ops
 
 IN, H, T, B = 4, 3, 5, 2
 VARIANT = pytest.mark.parametrize("variant", ops.VARIANTS)
@@ -18,11 +20,27 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights"),
     pytest.mark.filterwarnings("ignore:# The axis name"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec"),
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export"),
+    pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size other than 1"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
 
 def export(model, *inputs, **how):
     return torch.onnx.export(model, inputs, dynamo=True, verbose=False, **how)
+
+
+def export_by_torchscript(model, *inputs, dynamic):
+    """With the exporter before dynamo's. dynamic: of each input, its dimensions of any size."""
+    import onnx
+
+    names, file = [f"input{k}" for k in range(len(inputs))], io.BytesIO()
+    axes = {
+        name: {k: f"{name}_{k}" for k in dims} for name, dims in zip(names, dynamic, strict=True)
+    }
+    torch.onnx.export(model, inputs, file, dynamo=False, input_names=names, dynamic_axes=axes)
+    return onnx.load_from_string(file.getvalue())
 
 
 def check(program):
@@ -32,12 +50,16 @@ def check(program):
 
 
 def session(program):
+    check(program)
+    return session_of(program.model_proto)
+
+
+def session_of(proto):
     """What ONNX Runtime computes, as a function of the inputs in their order."""
     import onnxruntime
 
-    check(program)
     model = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     names = [argument.name for argument in model.get_inputs()]
 
@@ -164,3 +186,93 @@ def test_a_packed_sequence_is_refused():
     refused = "TriGRU exports no PackedSequence to ONNX; pad the input"
     with pytest.raises(torch.onnx.OnnxExporterError, match=refused):
         export(Packed(), torch.randn(5, IN))
+
+
+@pytest.mark.parametrize("with_hx", [False, True], ids=["", "hx"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True, "batch_first": True}],
+    ids=["one", "no bias", "stack"],
+)
+def test_by_torchscript(form, settings, with_hx):
+    """dynamo=False: one node a layer, its weights constants, and any T and B."""
+    import onnx
+
+    layer = TriGRU(IN, H, **settings, variant=form).eval()
+    layers = layer.num_layers * (2 if layer.bidirectional else 1)
+
+    def case(steps, batch):
+        x = torch.randn((batch, steps, IN) if layer.batch_first else (steps, batch, IN))
+        return (x, torch.randn(layers, batch, H))[: 1 + with_hx]
+
+    proto = export_by_torchscript(layer, *case(T, B), dynamic=[[0, 1], [1]][: 1 + with_hx])
+    onnx.checker.check_model(proto, full_check=True)
+    nodes = [node for node in proto.graph.node if node.op_type == "GRU"]
+    assert len(nodes) == layer.num_layers
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    assert all(name in constants for node in nodes for name in node.input[1:4] if name)
+    run = session_of(proto)
+    for sizes in ((T, B), (1, 1), (T + 3, B + 4)):
+        inputs = case(*sizes)
+        with torch.no_grad():
+            assert_close(run(*inputs), list(layer(*inputs)))
+
+
+def test_torchscript_refuses_a_packed_sequence(monkeypatch):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = TriGRU(IN, H, variant="textbook")
+
+        def forward(self, x, lengths):
+            output, _ = self.gru(pack_padded_sequence(x, lengths))
+            return pad_packed_sequence(output)[0]
+
+    with pytest.raises(NotImplementedError, match="TriGRU exports no PackedSequence to ONNX; pad"):
+        export_by_torchscript(
+            Packed(), torch.randn(3, 2, IN), torch.tensor([3, 1]), dynamic=[[], []]
+        )
+
+
+class Recurrence(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, *inputs):
+        return gru(*inputs, **self.how)
+
+
+@VARIANT
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
+def test_the_recurrence_alone(variant, reverse, dynamo):
+    model = Recurrence(variant=variant, reverse=reverse)
+    weights = torch.randn(3 * H, H), torch.randn(3 * H)
+
+    def case(steps, batch):
+        inputs = torch.randn(steps, batch, 3 * H), torch.randn(batch, H), *weights
+        return inputs if variant == "torch" else inputs[:3]
+
+    example = case(T, B)
+    if dynamo:
+        steps, batch = torch.export.Dim("T"), torch.export.Dim("B")
+        dims = [{0: steps, 1: batch}, {0: batch}, None, None][: len(example)]
+        program = export(model, *example, dynamic_shapes=(tuple(dims),))
+        assert len(gru_nodes(program)) == 1
+        run = session(program)
+    else:
+        dynamic = [[0, 1], [0], [], []][: len(example)]
+        run = session_of(export_by_torchscript(model, *example, dynamic=dynamic))
+    for sizes in ((T, B), (1, 1), (T + 3, B + 4)):
+        inputs = case(*sizes)
+        assert_close(run(*inputs), list(model(*inputs)), rtol=1e-4, atol=1e-5)
+
+
+@VARIANT
+def test_an_exported_program_is_refused_in_clear_words(variant):
+    model = Classifier(variant=variant).eval()
+    program = torch.export.export(model, (torch.randint(7, (B, T)),))
+    refused = r"no ExportedProgram with a TriGRU inside: give it the model itself, torch.onnx.expo"
+    with pytest.raises(torch.onnx.OnnxExporterError, match=refused):
+        torch.onnx.export(program, dynamo=True, verbose=False)

@@ -121,8 +121,8 @@ class TriGRU(nn.RNNBase):
     def _forward_packed(
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
-        if onnx.exporting():
-            raise NotImplementedError("TriGRU exports no PackedSequence to ONNX; pad the input")
+        if onnx.exporting() and not torch.jit.is_tracing():  # which may take ATen's GRU
+            onnx.refuse_packed()
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
@@ -140,7 +140,7 @@ class TriGRU(nn.RNNBase):
         self._update_flat_weights()  # what functional_call has put in place
         if hx is None:
             shape: Any = self.get_expected_hidden_size(input, batch_sizes)
-            if batch_sizes is not None and torch.jit.is_tracing():
+            if batch_sizes is not None and torch.jit.is_tracing() and not onnx.exporting():
                 # In a trace a number would be that of the example for ever.
                 shape = shape[0], batch_sizes[0], shape[2]
             hx = input.new_zeros(shape)
@@ -206,6 +206,8 @@ class TriGRU(nn.RNNBase):
         self._check_tensors(input, hx, weights, batch_sizes)
         x, offsets = input, None
         if batch_sizes is not None:  # (N, I), a row for every step of every sequence
+            if onnx.exporting():
+                onnx.refuse_packed()
             if (
                 input.is_cuda
                 and not torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import reference
+from . import onnx, reference
 from .derivatives import Recurrence, forward_mode
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
@@ -134,6 +134,8 @@ def recurrence(
             "a graph of torch.compile cannot hold a TriGRU inside a transform of torch.func: leave "
             "fullgraph out, or compile around the transform"
         )
+    if onnx.exporting():
+        return onnx.recurrence_node(gx, h0, w_hh, b_hh, textbook=textbook, reverse=reverse)
     if forward_mode():
         y, h_n, _ = reference.gru_forward(
             gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse,
@@ -250,6 +252,11 @@ def _forward(
 
 @_forward.register_fake
 def _(gx, h0, w_hh, b_hh, offsets, textbook, reverse, bidirectional, save):
+    if torch.onnx.is_in_onnx_export():  # of a graph that has the operator in place of a GRU node
+        raise NotImplementedError(
+            "torch.onnx.export takes no ExportedProgram with a TriGRU inside: give it the model "
+            "itself, torch.onnx.export(model, args)"
+        )
     shape, H = gx.shape[:-1], h0.shape[-1]  # (T, B, D) or (N, D)
     gates = gx.new_empty((*shape, 3 if textbook else 4, H) if save else 0)
     return gx.new_empty(*shape, H), gx.new_empty(h0.shape), gates
