@@ -95,11 +95,8 @@ def gru_inputs(
     H = int(weights[1].shape[2])
 
     def zrh(tensor: Tensor) -> Tensor:
-        r, z, n = (
-            tensor[:, :H],
-            tensor[:, H : 2 * H],
-            tensor[:, 2 * H :],
-        )  # the exporters fold these
+        # Slices of constants are constants to both exporters.
+        r, z, n = tensor[:, :H], tensor[:, H : 2 * H], tensor[:, 2 * H :]
         return torch.cat((-z if textbook else z, r, n), 1)
 
     W, R, *biases = (zrh(t) for t in weights)
