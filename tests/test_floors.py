@@ -355,7 +355,7 @@ def test_a_launch_is_cooperative(monkeypatch):
     assert launched == {
         "grid": (32, 3, 1), "H_PAD": 512, "BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 256,
         "SPLIT_K": 8, "SPIN": 0, "SLICES": 3, "BARRIER": True, "num_warps": 4, "num_stages": 1,
-        "launch_cooperative_grid": True,
+        "enable_fp_fusion": True, "launch_cooperative_grid": True,
     }  # fmt: skip
 
 
@@ -535,7 +535,7 @@ def compiled(kernel, sm, types, constants, num_warps):
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
     source = ASTSource(kernel, signature, constants, pointers)
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, **launch.compile_options()}
     asm = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
