@@ -1,7 +1,9 @@
 """From nn.GRU to `TriGRU` and back: a layer, and those of a whole model."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -97,6 +99,20 @@ def test_a_compiled_form_stays_behind(kind, convert):
     assert_runs_its_weights(target, x, nn.GRU(IN, H))
 
 
+def test_a_converted_layer_holds_no_weights_but_its_own():
+    layer = TriGRU.from_torch(nn.GRU(IN, H))
+    old = weakref.ref(layer.weight_hh_l0)
+    change(layer)
+    gc.collect()
+    assert old() is None
+
+
+@KINDS
+def test_a_wrapper_is_no_layer(kind, convert):
+    with pytest.raises(TypeError, match=f"expected an? .*{kind.__name__} itself, got Optimized"):
+        convert(torch.compile(kind(IN, H)))
+
+
 @KINDS
 def test_attributes_of_an_instance_stay_behind(kind, convert):
     source, x = kind(IN, H), torch.randn(T, B, IN)
@@ -132,6 +148,7 @@ def test_norms_that_are_hooks_come_along(kind, convert, norm):
     """As pruning does, they leave the weight as an attribute of its own name."""
     source, x = norm(kind(IN, H), "weight_hh_l0").eval(), torch.randn(T, B, IN)
     target = convert(source)
+    assert target.weight_hh_l0 is source.weight_hh_l0
     assert_close(target(x), source(x))
     assert list(target.state_dict()) == list(source.state_dict())
 

@@ -344,7 +344,7 @@ def _same_state(source: nn.RNNBase, target: Any) -> Any:
             f"the new {target.__name__} runs that of its class",
             stacklevel=3,
         )
-    own = {*vars(nn.GRU(1, 1, device="meta")), *source._flat_weights_names}
+    own = {*vars(nn.GRU(1, 1, device="meta")), *source._flat_weights_names} - {"_flat_weights"}
     layer = target.__new__(target)
     layer.__dict__ = {
         name: value.copy() if isinstance(value, dict | list | set) else value
