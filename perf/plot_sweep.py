@@ -40,6 +40,7 @@ from .rows import (
     exceeding,
     group,
     in_order,
+    is_single,
     latest,
     listed,
     losses,
@@ -108,7 +109,9 @@ def plot_accuracy(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
             for r in exceeding(chosen)[:4]
         ]
         path = folder / ("-".join(parts) + ".png")
-        paths += _draw(path, chosen, "Error of TriGRU and {}", panels, [note, *over])
+        odd = [f"{NAMES[r['provider']]}: {r['status']}" for r in chosen if r["status"] != "ok"]
+        notes = [note, *over, *unique(odd)]
+        paths += _draw(path, chosen, "Error of TriGRU and {}", panels, notes)
     return paths
 
 
@@ -234,14 +237,17 @@ def _steps(axes: Axes, rows: Sequence[Row], over: str) -> None:
 def _scaling(rows: Sequence[Row], path: Path) -> list[Path]:
     """Time per step over T, and time over layers and directions."""
     rows = distinct(rows)
-    one = [r for r in rows if (r["layers"], r["directions"]) == (1, 1)]
-    lengths = {H: len({r["T"] for r in alike}) for (H,), alike in group(one, "H").items()}
-    several = [H for H, count in lengths.items() if count > 1]
+    # A batch of one length has nothing to show over T, nor has an H of such batches.
+    lengths: dict[float, dict[float, set[float]]] = {}
+    for r in filter(is_single, rows):
+        lengths.setdefault(r["H"], {}).setdefault(r["B"], set()).add(r["T"])
+    several = {H: sum(len(Ts) - 1 for Ts in by_B.values()) for H, by_B in lengths.items()}
     panels: list[Panel] = []
     used: list[Row] = []
-    if several:
-        H = sorted(several)[len(several) // 2]
-        over_T = [r for r in one if r["H"] == H]
+    if any(several.values()):
+        H = max(several, key=lambda H: (several[H], H))
+        alike = [r for r in rows if is_single(r) and r["H"] == H]
+        over_T = [r for r in alike if len(lengths[H][r["B"]]) > 1]
         used += over_T
         panels += [
             (f"{dtype}, {mode}, H = {H:.0f}: over T", partial(_steps, rows=panel, over="T"))
