@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -88,8 +89,8 @@ def sweep(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
     chosen = [c for c in SETS[name]() if c.dtype in args.dtype and c.variant in args.variant]
     if not chosen:
         raise SystemExit(f"the set {name!r} has no such shapes")
-    if on_cuda:
-        from .ahead import compile_ahead  # it needs Triton, which not every machine has
+    if on_cuda and find_spec("triton"):  # which not every machine has
+        from .ahead import compile_ahead
 
         compile_ahead(chosen, device)
     bench = make_bench(device, args.seconds or SECONDS[device.type], path.with_name("floors.csv"))

@@ -237,7 +237,7 @@ def _steps(axes: Axes, rows: Sequence[Row], over: str) -> None:
 def _scaling(rows: Sequence[Row], path: Path) -> list[Path]:
     """Time per step over T, and time over layers and directions."""
     rows = distinct(rows)
-    # A batch of one length has nothing to show over T, nor has an H of such batches.
+    # A batch of few lengths has little to show over T, and an H whose batches have one nothing.
     lengths: dict[float, dict[float, set[float]]] = {}
     for r in filter(is_single, rows):
         lengths.setdefault(r["H"], {}).setdefault(r["B"], set()).add(r["T"])
@@ -246,8 +246,9 @@ def _scaling(rows: Sequence[Row], path: Path) -> list[Path]:
     used: list[Row] = []
     if any(several.values()):
         H = max(several, key=lambda H: (several[H], H))
-        alike = [r for r in rows if is_single(r) and r["H"] == H]
-        over_T = [r for r in alike if len(lengths[H][r["B"]]) > 1]
+        most = max(map(len, lengths[H].values()))
+        many = {B for B, Ts in lengths[H].items() if len(Ts) > most / 2}
+        over_T = [r for r in rows if is_single(r) and r["H"] == H and r["B"] in many]
         used += over_T
         panels += [
             (f"{dtype}, {mode}, H = {H:.0f}: over T", partial(_steps, rows=panel, over="T"))
@@ -323,7 +324,7 @@ def _peers(rows: Sequence[Row], path: Path) -> list[Path]:
     panels: list[Panel] = []
     used: list[Row] = []
     most = 0  # lines in a panel
-    for (dtype, mode), panel in in_order(distinct(rows), "dtype", "mode"):
+    for (dtype, mode), panel in in_order(rows, "dtype", "mode"):
         cases = crowded(panel)
         if cases:
             panels.append((f"{dtype}, {mode}", partial(_bars, cases=cases)))

@@ -13,7 +13,7 @@ import trigru
 from trigru.layer import _without_cudnn
 
 from .measure import uses_tf32
-from .shapes import Case, joined_by_peers
+from .shapes import Case, asks_cudnn, joined_by_peers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -22,7 +22,7 @@ Layer = Callable[[Any, Tensor], tuple[Any, Tensor]]  # x, h0 → y, h_n; x and y
 
 
 class NoKernel(RuntimeError):
-    """TriGRU has no kernel for a case, and would measure its fallback."""
+    """A provider has no kernel for a case, or is not asked for it, and would measure another's."""
 
 
 class Provider(NamedTuple):
@@ -50,6 +50,10 @@ def builders(case: Case, device: torch.device) -> dict[str, Build]:
             peers = {"flashrnn": build_flashrnn, "torchrl": build_torchrl}
             build |= {name: peer for name, peer in peers.items() if find_spec(name)}
         build["compiled"] = build_compiled
+    if asks_cudnn(case) and device.type == "cuda":
+        from .cudnn import build_persistent  # which takes from here what providers share
+
+        build["persistent"] = build_persistent
     return build
 
 

@@ -25,6 +25,7 @@ NAMES = {
     "compiled": "a compiled torch loop",
     "flashrnn": "FlashRNN",
     "torchrl": "TorchRL",
+    "persistent": "cuDNN's persistent kernel",
 }
 SHORT = {"cudnn": "cuDNN", "aten": "nn.GRU", "eager": "loop"}
 MOST_PEERS = 6  # shapes in a panel

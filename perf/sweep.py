@@ -95,6 +95,12 @@ def run_sweep(
             if until():
                 bar.write(f"out of time: {len(cases) - i} of {len(cases)} shapes not measured")
                 break
+            if "persistent" in bench.builders_of(case, bench.device):
+                # It calls a library by ctypes. Should that end the process, a new one goes on after
+                # this case, which has a row; should it not, another row follows, and counts.
+                ended = "error: the process ended here"
+                row = _row(case, bench.device, MODES[0], "persistent", ended)
+                append_row(path, COLUMNS, here | {"date": now()} | row)
             lost = ""
             for rows in measure_case(case, bench):
                 for row in rows:

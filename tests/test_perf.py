@@ -423,6 +423,20 @@ def test_a_failed_capture_ends_the_process_after_the_shape(tmp_path):
     assert {r["status"] for r in rows} == {said}
 
 
+def test_a_failed_capture_ends_it_whatever_else_is_said(tmp_path):
+    """Of the first call alone, which is cuDNN's that refused."""
+    errors = [RuntimeError("operation not permitted")]
+
+    def capture(call):
+        if errors:
+            raise errors.pop()
+        return call
+
+    with pytest.raises(DeviceLost, match="a capture failed"):
+        sweep(tmp_path / "s.csv", [TORCH], {"aten": refusing(REFUSED)}, capture=capture)
+    assert read(tmp_path / "s.csv")[0]["status"].startswith(f"{WITHOUT}; capture failed: ")
+
+
 def test_floors_are_trigru_s_by_case_and_mode(tmp_path):
     def floor(case, mode):
         return 10.00049 * case.B if mode == "forward" else None
@@ -889,17 +903,18 @@ def test_sweep_command_measures_the_chosen_shapes(monkeypatch, tmp_path, capsys)
         command.main([*arguments, "--dtype", "bf16"])
 
 
-@pytest.mark.parametrize("chosen", [None, "core"])
-def test_a_sweep_on_a_gpu_compiles_first_and_ends_in_time(monkeypatch, tmp_path, chosen):
+@pytest.mark.parametrize("chosen, triton", [(None, True), ("core", True), (None, False)])
+def test_a_sweep_on_a_gpu_compiles_first_and_ends_in_time(monkeypatch, tmp_path, chosen, triton):
     told, now = [], [1000.0]
     path = tmp_path / "sweep.csv"
     monkeypatch.setattr(ahead, "compile_ahead", lambda *args: told.append(args))
+    monkeypatch.setattr(command, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(command, "make_bench", lambda device, seconds, floors: seconds)
     monkeypatch.setattr(command, "plot_csv", lambda path: [])
     monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
 
     def run_sweep(cases, path, seconds, until):
-        assert told == [(cases, torch.device("cuda"))] and seconds == 0.1
+        assert told == [(cases, torch.device("cuda"))] * triton and seconds == 0.1
         now[0] += 200
         early = until()
         now[0] += 100
@@ -910,7 +925,7 @@ def test_a_sweep_on_a_gpu_compiles_first_and_ends_in_time(monkeypatch, tmp_path,
     monkeypatch.setattr(command, "run_sweep", run_sweep)
     args = command.parser().parse_args(["sweep", *(["--set", chosen] if chosen else [])])
     assert command.sweep(torch.device("cuda"), args, path)
-    assert told[1] == SETS[chosen or "default"]()
+    assert told[-1] == SETS[chosen or "default"]()
 
 
 def test_options_count_before_the_command_and_after():

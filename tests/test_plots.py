@@ -262,14 +262,15 @@ def test_what_the_pictures_say(said, tmp_path):
 
 
 def test_over_T_is_drawn_what_has_several(said, tmp_path):
-    """Of the H with the most lengths those batches that have several."""
+    """Of the H with the most lengths those batches that have many of them."""
     many = [row(CASE._replace(T=T, B=B)) for T in (16, 64, 512) for B in (1, 16)]
     alone = [row(CASE._replace(T=24, B=4096)), row(CASE._replace(T=9, packed=True))]
+    many += [row(CASE._replace(T=2048, B=16)), *(row(CASE._replace(T=T, B=8)) for T in (7, 64))]
     few = [row(CASE._replace(H=2048, T=T)) for T in (16, 512)]
     plot_sweep.plot_sweep([*few, *many, *alone], tmp_path, "s")
     scaling = said["s-scaling-torch"]
     assert scaling.titles == ["bf16, forward, H = 256: over T"]
-    assert [t.get_text() for t in scaling.axes[0].get_xticklabels()] == ["16", "64", "512"]
+    assert [t.get_text() for t in scaling.axes[0].get_xticklabels()] == ["16", "64", "512", "2048"]
     said.clear()
     plot_sweep.plot_sweep(alone, tmp_path, "s")
     assert "s-scaling-torch" not in said
