@@ -125,6 +125,7 @@ def test_a_step_takes_the_longer_of_its_parts(floor):
     assert floor(GROUP, "forward", slow | {FORWARD: 0.9}) == pytest.approx(100)
     assert floor(GROUP, "forward", slow | {FORWARD: 1.5}) == pytest.approx(150)
     assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 1.5}) == pytest.approx(350)
+    assert floor(GROUP._replace(packed=True), "forward", slow) is None
 
 
 def test_layers_and_directions(floor):
@@ -245,6 +246,8 @@ def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
         FORWARD._replace(turns=2),
         BACKWARD._replace(slices=1, turns=2),
     }
+    # Packed, where fewer and fewer rows run, nothing bounds a step from below.
+    assert not floors.exchanges([GROUP._replace(packed=True)], H100)
     more = floors.exchanges([GROUP._replace(H=600)], H100)
     assert set(more) == {
         FORWARD._replace(programs=48, H_pad=768),
