@@ -10,13 +10,14 @@ from tqdm import tqdm
 from trigru.accuracy import allowed_error, products_as_in_rnns, relative_error
 from trigru.launch import raise_if_failed
 
-from .measure import FACTS, append_row, dtype_name, facts, now
-from .problem import Results, exact_results, make_call, make_problem
+from .measure import FACTS, append_row, dtype_name, facts, now, reason
+from .problem import Results, exact_results, first_call, make_problem
 from .providers import Build, builders
 from .shapes import Case
 
 COLUMNS = (
     *FACTS, "provider", "variant", "dtype", "T", "B", "I", "H", "result", "rel_err", "allowed",
+    "status",
 )  # fmt: skip
 
 
@@ -34,30 +35,32 @@ def run_accuracy(
         for case in tqdm(cases, desc="accuracy"):
             shape = case._asdict() | {"dtype": dtype_name(case.dtype, device)}
             try:
-                for provider, result, error, allowed in errors(case, device, builders_of):
+                for provider, result, error, allowed, status in errors(case, device, builders_of):
                     row = here | shape | {"date": now(), "provider": provider, "result": result}
-                    row |= {"rel_err": error, "allowed": allowed}
+                    row |= {"rel_err": error, "allowed": allowed, "status": status}
                     append_row(path, COLUMNS, {column: row[column] for column in COLUMNS})
                     good = good and (provider != "trigru" or error <= allowed < math.inf)
             except Exception as failure:
-                tqdm.write(f"{case}: {type(failure).__name__}: {failure}"[:300])
+                tqdm.write(f"{case}: {reason(failure)}")
                 good = False
     return good
 
 
 def errors(
     case: Case, device: torch.device, builders_of: Callable[..., Mapping[str, Build]]
-) -> Iterator[tuple[str, str, float, float]]:
-    """(provider, result, its relative error, what is allowed) of the yardstick and of TriGRU."""
+) -> Iterator[tuple[str, str, float, float, str]]:
+    """(provider, result, its relative error, what is allowed, "ok" with a remark) of the yardstick
+    and of TriGRU."""
     problem = make_problem(case, device)
     exact = exact_results(case, problem)
     yardstick: Results | None = None
     for name, build in list(builders_of(case, device).items())[:2]:
-        call = make_call(build(case, problem.weights, True), problem, "training")
-        results = dict(zip(exact, call(), strict=True))
+        _, tensors, remark = first_call(build(case, problem.weights, True), problem, "training")
+        results = dict(zip(exact, tensors, strict=True))
         if device.type == "cuda":
             raise_if_failed(problem.x.device)
         yardstick = yardstick or results
         for result, value in exact.items():
             allowed = allowed_error(yardstick[result], value)
-            yield name, result, relative_error(results[result], value), allowed
+            error = relative_error(results[result], value)
+            yield name, result, error, allowed, f"ok: {remark}" if remark else "ok"

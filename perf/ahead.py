@@ -35,6 +35,7 @@ class Kernel(NamedTuple):
     textbook: bool
     backward: bool
     save: bool  # of the forward kernel: whether for training
+    packed: bool
 
 
 class CompileOnly:
@@ -89,7 +90,7 @@ def kernels_of(cases: Iterable[Case], limits: DeviceLimits) -> Iterator[Kernel]:
                 )  # fmt: skip
             except NoPlan:
                 continue
-            yield Kernel(plan, case.dtype, textbook, backward_, save)
+            yield Kernel(plan, case.dtype, textbook, backward_, save, case.packed)
 
 
 def compile_kernel(kernel: Kernel, device: torch.device, T: int = 1, B: int = 1) -> None:
@@ -101,17 +102,19 @@ def compile_kernel(kernel: Kernel, device: torch.device, T: int = 1, B: int = 1)
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[kernel.dtype], device=device)
 
-    h0, w_hh, y = new(D, B, H), new(D, 3 * H, H), new(T, B, D, H)
+    shape = (T * B,) if kernel.packed else (T, B)
+    h0, w_hh, y = new(D, B, H), new(D, 3 * H, H), new(*shape, D, H)
     switches: dict[str, Any] = {
-        "offsets": None, "textbook": textbook, "reverse": False, "bidirectional": D == 2,
+        "offsets": torch.arange(0, T * B + 1, B, device=device) if kernel.packed else None,
+        "textbook": textbook, "reverse": False, "bidirectional": D == 2,
         "plan": plan,
     }  # fmt: skip
     if kernel.backward:
-        gates = new(T, B, D, 3 if textbook else 4, H)
+        gates = new(*shape, D, 3 if textbook else 4, H)
         backward.gru_backward(y, new(D, B, H), h0, w_hh, y, gates, **switches)
     else:
         b_hh = None if textbook else new(D, 3 * H)
-        forward.gru_forward(new(T, B, D, 3 * H), h0, w_hh, b_hh, save=kernel.save, **switches)
+        forward.gru_forward(new(*shape, D, 3 * H), h0, w_hh, b_hh, save=kernel.save, **switches)
 
 
 def exchange_kernels(

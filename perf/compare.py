@@ -11,10 +11,9 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from .measure import FACTS, percentiles
-from .rows import TEXT, Row, read_csv, timed, unique
+from .rows import SHAPE, TEXT, Row, read_csv, timed, unique
 from .sweep import COLUMNS
 
-SHAPE = ("variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions")
 KEY = ("device", "provider", *SHAPE)
 GROUP = ("device", "variant", "dtype")
 VERSIONS = ("driver", "torch", "triton", "cudnn")

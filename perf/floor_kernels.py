@@ -13,7 +13,7 @@ from tqdm import tqdm
 from triton.language.extra.cuda import globaltimer
 
 from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
-from trigru.launch import ExchangeTimeout, error_flag, raise_if_failed, wait_limit
+from trigru.launch import ExchangeTimeout, compile_options, error_flag, raise_if_failed, wait_limit
 from trigru.plan import LaunchPlan, device_limits
 from trigru.tiles import beside_operand, operand_offsets
 
@@ -230,7 +230,7 @@ def exchange_alone(
         y, arrived, error_flag(y.device), T, exchange.rows, wait_limit(T),
         H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B, BLOCK_K=plan.BLOCK_K,
         SPLIT_K=plan.SPLIT_K, SPIN=plan.spin, SLICES=exchange.slices, BARRIER=barrier,
-        num_warps=plan.num_warps, num_stages=1, launch_cooperative_grid=True,
+        num_warps=plan.num_warps, launch_cooperative_grid=True, **compile_options(),
     )  # fmt: skip
 
 

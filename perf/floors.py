@@ -66,7 +66,10 @@ class Floors:
         return Floors(measured) if measured else None
 
     def of(self, case: Case, mode: str, limits: DeviceLimits) -> float | None:
-        """The microseconds that a call in this mode must take; None if a measurement is missing."""
+        """The microseconds that a call in this mode must take; None if a measurement is missing, or
+        packed, where fewer and fewer rows hand over less than what was measured."""
+        if case.packed:
+            return None
         product = dtype_name(case.dtype, torch.device("cuda"))
         try:
             return max(
@@ -159,7 +162,7 @@ def exchange_of(plan: LaunchPlan, case: Case, backward: bool) -> Exchange:
 def exchanges(cases: Sequence[Case], limits: DeviceLimits) -> dict[Exchange, LaunchPlan]:
     """The distinct exchanges of both passes of these cases, each with a plan that has it."""
     found = {}
-    for case in cases:
+    for case in (case for case in cases if not case.packed):
         for backward in passes("training"):
             try:
                 plan = plan_of(case, backward, limits)

@@ -12,12 +12,13 @@ from tqdm import tqdm
 from trigru.accuracy import products_as_in_rnns
 
 from .measure import FACTS, append_row, dtype_name, facts, now
-from .problem import make_call, make_problem
+from .problem import first_call, make_problem
 from .providers import NoKernel, builders
 from .shapes import MODES, Case
 
 COLUMNS = (
     *FACTS, "provider", "variant", "mode", "dtype", "T", "B", "I", "H", "kernel", "launches", "us",
+    "status",
 )  # fmt: skip
 
 
@@ -38,13 +39,13 @@ def run_kernels(cases: Sequence[Case], device: torch.device, path: Path) -> bool
                     provider = build(case, problem.weights, mode == "training")
                 except NoKernel:
                     continue
-                call = make_call(provider, problem, mode)
-                call()
+                call, _, remark = first_call(provider, problem, mode)
                 with profile(activities=activities) as profiler:
                     call()
                     if on_cuda:
                         torch.cuda.synchronize(device)
                 row = here | {"date": now(), "provider": name, "mode": mode} | shape
+                row |= {"status": f"ok: {remark}" if remark else "ok"}
                 events = [e for e in profiler.key_averages() if e.device_type == kind]
                 good = good and bool(events)
                 for event in events:

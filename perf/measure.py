@@ -1,15 +1,17 @@
 """Timing, facts about the machine, and CSV files that keep every row as soon as it is written."""
 
 import csv
+import gc
 import hashlib
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ KERNEL_SOURCES = (
 )  # fmt: skip
 FACTS = ("device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
 WARM_UP_ROUNDS = 3
+LONG_ROUND, FEW = 0.2, 3  # seconds; rounds
+HOST_CALLS, HOST_SECONDS = 5, 0.05  # at most, to time the host
 
 
 def cpu_clock(calls: Sequence[Call]) -> list[float]:
@@ -99,9 +103,13 @@ def interleave(
     """The microseconds of each of the named calls, run in turn: first, second, first, second, ….
 
     After WARM_UP_ROUNDS rounds, as many rounds as fit into `seconds`, by the last round of the
-    warm-up, but at least `least` and at most `most`."""
+    warm-up, but at least `least` and at most `most`; of LONG_ROUND one warms up, and FEW follow."""
     names, once = list(calls), list(calls.values())
-    last_round = clock(once * WARM_UP_ROUNDS)[-len(once) :]
+    last_round = clock(once)
+    if sum(last_round) > 1e6 * LONG_ROUND:
+        least = min(FEW, least)
+    else:
+        last_round = clock(once * (WARM_UP_ROUNDS - 1))[-len(once) :]
     rounds = int(1e6 * seconds / max(sum(last_round), 1.0))
     times = clock(once * min(most, max(least, rounds)))
     return {name: times[i :: len(names)] for i, name in enumerate(names)}
@@ -114,18 +122,42 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     return tenths[1], tenths[4], tenths[7]
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """The most CUDA memory in bytes that the call held at once, above what was held before it;
-    None on a CPU."""
+def alone(call: Call, device: torch.device) -> tuple[float | None, int | None]:
+    """What a call costs that is in no graph and comes when the device has nothing to do: the
+    microseconds until it returns, though the device is not done yet, the median of a few calls; and
+    the most CUDA memory in bytes that it held at once, above what was held before it.
+
+    None of both on a CPU, where a call returns when it is done."""
     if device.type != "cuda":
-        call()
-        return None
+        return None, None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    seconds: list[float] = []
+    while len(seconds) < HOST_CALLS and sum(seconds) < HOST_SECONDS:
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        del result
+        torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return 1e6 * statistics.median(seconds), peak
+
+
+@contextmanager
+def garbage_by_hand() -> Iterator[None]:
+    """Garbage is collected by gc.collect() alone, which looks only at what came since: a look at
+    everything takes a tenth of a second, and in the middle of a capture it can break it."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def uses_tf32(device: torch.device) -> bool:
@@ -171,6 +203,11 @@ def kernel_hash() -> str:
     for name in KERNEL_SOURCES:
         digest.update((Path(trigru.__file__).parent / name).read_bytes())
     return digest.hexdigest()[:12]
+
+
+def reason(error: Exception) -> str:
+    """The type and the first line of what an exception says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -219,8 +256,10 @@ def _commit() -> str:
     return commit + "+" * bool(_output("git", "-C", root, "status", "--porcelain", "."))
 
 
+@cache
 def _output(*command: str) -> str:
-    """The first line that a command prints, empty if it fails or does not exist."""
+    """The first line that a command prints, empty if it fails or does not exist. Each runs once in
+    a process, for nvidia-smi takes its time."""
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

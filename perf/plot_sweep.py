@@ -40,6 +40,7 @@ from .rows import (
     exceeding,
     group,
     in_order,
+    is_single,
     latest,
     listed,
     losses,
@@ -108,7 +109,9 @@ def plot_accuracy(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
             for r in exceeding(chosen)[:4]
         ]
         path = folder / ("-".join(parts) + ".png")
-        paths += _draw(path, chosen, "Error of TriGRU and {}", panels, [note, *over])
+        odd = [f"{NAMES[r['provider']]}: {r['status']}" for r in chosen if r["status"] != "ok"]
+        notes = [note, *over, *unique(odd)]
+        paths += _draw(path, chosen, "Error of TriGRU and {}", panels, notes)
     return paths
 
 
@@ -234,14 +237,18 @@ def _steps(axes: Axes, rows: Sequence[Row], over: str) -> None:
 def _scaling(rows: Sequence[Row], path: Path) -> list[Path]:
     """Time per step over T, and time over layers and directions."""
     rows = distinct(rows)
-    one = [r for r in rows if (r["layers"], r["directions"]) == (1, 1)]
-    lengths = {H: len({r["T"] for r in alike}) for (H,), alike in group(one, "H").items()}
-    several = [H for H, count in lengths.items() if count > 1]
+    # A batch of few lengths has little to show over T, and an H whose batches have one nothing.
+    lengths: dict[float, dict[float, set[float]]] = {}
+    for r in filter(is_single, rows):
+        lengths.setdefault(r["H"], {}).setdefault(r["B"], set()).add(r["T"])
+    several = {H: sum(len(Ts) - 1 for Ts in by_B.values()) for H, by_B in lengths.items()}
     panels: list[Panel] = []
     used: list[Row] = []
-    if several:
-        H = sorted(several)[len(several) // 2]
-        over_T = [r for r in one if r["H"] == H]
+    if any(several.values()):
+        H = max(several, key=lambda H: (several[H], H))
+        most = max(map(len, lengths[H].values()))
+        many = {B for B, Ts in lengths[H].items() if len(Ts) > most / 2}
+        over_T = [r for r in rows if is_single(r) and r["H"] == H and r["B"] in many]
         used += over_T
         panels += [
             (f"{dtype}, {mode}, H = {H:.0f}: over T", partial(_steps, rows=panel, over="T"))
@@ -317,7 +324,7 @@ def _peers(rows: Sequence[Row], path: Path) -> list[Path]:
     panels: list[Panel] = []
     used: list[Row] = []
     most = 0  # lines in a panel
-    for (dtype, mode), panel in in_order(distinct(rows), "dtype", "mode"):
+    for (dtype, mode), panel in in_order(rows, "dtype", "mode"):
         cases = crowded(panel)
         if cases:
             panels.append((f"{dtype}, {mode}", partial(_bars, cases=cases)))

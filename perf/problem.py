@@ -1,14 +1,16 @@
 """One case to compute: its numbers, its exact results, and whether a provider's are right."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from trigru.accuracy import relative_error, violations
 
-from .providers import DTYPES, Provider, Weights, build_eager, build_torch
+from .measure import Call, reason
+from .providers import DTYPES, Provider, Weights, build_eager, build_torch, without_cudnn
 from .shapes import Case
 
 Results = dict[str, Tensor]  # y, h_n, dx, dh0 and the gradients of the weights, by name
@@ -21,10 +23,11 @@ class Problem(NamedTuple):
     """What a case computes from, all in one dtype, and the gradients that arrive at its results."""
 
     weights: Weights
-    x: Tensor  # (T, B, I)
+    x: Tensor  # (T, B, I), or packed (N, I), a row for every step of every sequence
     h0: Tensor  # (layers · directions, B, H)
-    dy: Tensor  # (T, B, directions · H)
+    dy: Tensor  # (T, B, directions · H) or (N, directions · H)
     dh_n: Tensor  # as h0
+    batch_sizes: Tensor | None = None  # (T,), on the host: how many sequences have each step
 
 
 def judge(results: Results, exact: Results, yardstick: Results | None) -> tuple[float, str]:
@@ -59,12 +62,19 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
+    batch_sizes = None
+    shape: tuple[int, ...] = case.T, case.B
+    if case.packed:
+        lengths = torch.tensor(case.lengths())
+        batch_sizes = (lengths > torch.arange(case.T)[:, None]).sum(1)
+        shape = (int(lengths.sum()),)
     return Problem(
         weights,
-        x=normal(case.T, case.B, case.I),
+        x=normal(*shape, case.I),
         h0=normal(case.layers * D, case.B, case.H).tanh(),
-        dy=normal(case.T, case.B, D * case.H),
+        dy=normal(*shape, D * case.H),
         dh_n=normal(case.layers * D, case.B, case.H),
+        batch_sizes=batch_sizes,
     )
 
 
@@ -72,28 +82,53 @@ def exact_results(case: Case, problem: Problem) -> Results:
     """The results of training in float64, of nn.GRU or the eager loop: y, h_n, dx, dh0 and the
     gradient of each weight, by name and in the order of `make_call`."""
     weights = {name: w.double() for name, w in problem.weights.items()}
-    double = Problem(weights, *(t.double() for t in problem[1:]))
+    tensors = {name: getattr(problem, name).double() for name in ("x", "h0", "dy", "dh_n")}
+    double = problem._replace(weights=weights, **tensors)
     build = build_torch if case.variant == "torch" else build_eager
     names = ("y", "h_n", "dx", "dh0", *(f"d{name}" for name in weights))
-    results = make_call(build(case, weights, True), double, "training")()
+    _, results, _ = first_call(build(case, weights, True), double, "training")
     return dict(zip(names, results, strict=True))
 
 
-def make_call(provider: Provider, problem: Problem, mode: str) -> Callable[[], Sequence[Tensor]]:
+def first_call(
+    provider: Provider, problem: Problem, mode: str
+) -> tuple[Call, Sequence[Tensor], str]:
+    """What is timed, its results, and a remark if cuDNN refuses the case: then it is off whenever
+    this is called. cuDNN has kernels that take some sizes and dtypes only, and nn.GRU asks for them
+    without a second choice. That memory runs out says nothing of the kind."""
+    call = make_call(provider, problem, mode)
+    try:
+        return call, call(), ""
+    except RuntimeError as error:
+        if not provider.cudnn or isinstance(error, torch.OutOfMemoryError) or "ALLOC" in str(error):
+            raise
+        remark = f"without cuDNN: {reason(error)}"
+    call = make_call(without_cudnn(provider), problem, mode)
+    return call, call(), remark
+
+
+def make_call(provider: Provider, problem: Problem, mode: str) -> Call:
     """What is timed. In the forward mode the layer without gradients; in training the layer, then
     the gradients of its input, its initial state and all its weights."""
+
+    def layer(x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        if problem.batch_sizes is None:
+            return provider.layer(x, h0)
+        y, h_n = provider.layer(PackedSequence(x, problem.batch_sizes), h0)
+        return y.data, h_n
+
     if mode == "forward":
 
         def forward() -> Sequence[Tensor]:
             with torch.no_grad():
-                return provider.layer(problem.x, problem.h0)
+                return layer(problem.x, problem.h0)
 
         return forward
 
     x, h0 = (t.detach().requires_grad_() for t in (problem.x, problem.h0))
 
     def training() -> Sequence[Tensor]:
-        y, h_n = provider.layer(x, h0)
+        y, h_n = layer(x, h0)
         arriving = (problem.dy, problem.dh_n)
         gradients = torch.autograd.grad((y, h_n), (x, h0, *provider.parameters), arriving)
         return y.detach(), h_n.detach(), *gradients

@@ -10,18 +10,19 @@ import torch.backends.cudnn.rnn
 from torch import Tensor, nn
 
 import trigru
+from trigru.layer import _without_cudnn
 
 from .measure import uses_tf32
-from .shapes import Case, measured_by_all
+from .shapes import Case, asks_cudnn, joined_by_peers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Weights = dict[str, Tensor]  # by nn.GRU's names
-Layer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, h0 → y, h_n
+Layer = Callable[[Any, Tensor], tuple[Any, Tensor]]  # x, h0 → y, h_n; x and y may be packed
 
 
 class NoKernel(RuntimeError):
-    """TriGRU has no kernel for a case, and would measure its fallback."""
+    """A provider has no kernel for a case, or is not asked for it, and would measure another's."""
 
 
 class Provider(NamedTuple):
@@ -29,7 +30,8 @@ class Provider(NamedTuple):
 
     layer: Layer
     parameters: list[Tensor]
-    synchronises: bool = False  # with the device, so that no graph of it can be captured
+    cudnn: bool = False  # whether it is cuDNN that runs it, which can be switched off
+    no_graph: str = ""  # why no graph of it can be captured, if none can
 
 
 Build = Callable[[Case, Weights, bool], Provider]  # the last: whether in training mode
@@ -42,11 +44,16 @@ def builders(case: Case, device: torch.device) -> dict[str, Build]:
         build = {"cudnn" if device.type == "cuda" else "aten": build_torch} | build
     else:
         build = {"eager": build_eager} | build
-    if measured_by_all(case):
-        build |= {"eager": build_eager, "compiled": build_compiled}
+    if joined_by_peers(case):
+        build["eager"] = build_eager
         if case.variant == "torch":
             peers = {"flashrnn": build_flashrnn, "torchrl": build_torchrl}
             build |= {name: peer for name, peer in peers.items() if find_spec(name)}
+        build["compiled"] = build_compiled
+    if asks_cudnn(case) and device.type == "cuda":
+        from .cudnn import build_persistent  # which takes from here what providers share
+
+        build["persistent"] = build_persistent
     return build
 
 
@@ -74,7 +81,17 @@ def build_torch(case: Case, weights: Weights, training: bool) -> Provider:
     )  # fmt: skip
     provider = _loaded(layer, weights, training)
     flatten(layer)
-    return provider
+    return provider._replace(cudnn=like.is_cuda)
+
+
+def without_cudnn(provider: Provider) -> Provider:
+    """The same while cuDNN is off: ATen's own GRU, whose backward pass then is ATen's, too."""
+
+    def layer(x: Any, h0: Tensor) -> tuple[Any, Tensor]:
+        with _without_cudnn():
+            return provider.layer(x, h0)
+
+    return provider._replace(layer=layer, cudnn=False)
 
 
 def build_eager(case: Case, weights: Weights, training: bool) -> Provider:
@@ -183,7 +200,7 @@ def build_flashrnn(case: Case, weights: Weights, training: bool) -> Provider:
         y, last = flashrnn(gx, u, b, states=h0[:, None, :, None], config=config)
         return y[0, :, :, 0], last[0, :, :, 0]
 
-    return Provider(layer, leaves, synchronises=True)
+    return Provider(layer, leaves, no_graph="it synchronises")
 
 
 def build_torchrl(case: Case, weights: Weights, training: bool) -> Provider:

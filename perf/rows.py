@@ -13,7 +13,8 @@ from .shapes import MODES
 TEXT = {
     *FACTS, "provider", "variant", "mode", "dtype", "run", "status", "result",
 }  # fmt: skip
-CASE = ("device", "variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions")
+SHAPE = ("variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions", "packed")
+CASE = ("device", *SHAPE)
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 YARDSTICKS = {"torch": ("cudnn", "aten"), "textbook": ("eager",)}
 NAMES = {
@@ -24,6 +25,7 @@ NAMES = {
     "compiled": "a compiled torch loop",
     "flashrnn": "FlashRNN",
     "torchrl": "TorchRL",
+    "persistent": "cuDNN's persistent kernel",
 }
 SHORT = {"cudnn": "cuDNN", "aten": "nn.GRU", "eager": "loop"}
 MOST_PEERS = 6  # shapes in a panel
@@ -84,11 +86,16 @@ def pair(rows: Sequence[Row]) -> tuple[Row | None, Row | None]:
 
 
 def plain(rows: Sequence[Row]) -> list[Row]:
-    """One layer in one direction at the commonest T, the longest of them."""
-    rows = [r for r in rows if (r["layers"], r["directions"]) == (1, 1)]
+    """One layer in one direction, not packed, at the commonest T, the longest of them."""
+    rows = [r for r in rows if is_single(r)]
     count = Counter(r["T"] for r in rows)
     commonest = max(count, key=lambda T: (count[T], T), default=None)
     return [r for r in rows if r["T"] == commonest]
+
+
+def is_single(row: Row) -> bool:
+    """Whether it is of one layer in one direction and not packed."""
+    return (row["layers"], row["directions"], row["packed"]) == (1, 1, 0)
 
 
 def distinct(rows: Sequence[Row]) -> list[Row]:
@@ -139,7 +146,7 @@ def relative_times(rows: Sequence[Row]) -> dict[tuple[float, float], dict[str, l
     """By (layers, directions), other than one of each, and provider: the times relative to one
     layer in one direction, of each shape where both are timed."""
     found: dict[tuple[float, float], dict[str, list[float]]] = {}
-    for (provider, *_), alike in group(rows, "provider", "T", "B", "I", "H").items():
+    for (provider, *_), alike in group(rows, "provider", "T", "B", "I", "H", "packed").items():
         us = {(r["layers"], r["directions"]): r["p50_us"] for r in alike if timed(r)}
         one = us.pop((1, 1), None)
         for depth in us if one else ():

@@ -1,12 +1,14 @@
 """`python -m perf sweep`: is every provider right, how fast is it, what memory does it take?"""
 
 import csv
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from trigru.accuracy import products_as_in_rnns
@@ -17,28 +19,35 @@ from .floors import Floors
 from .measure import (
     Call,
     Clock,
+    alone,
     append_row,
     captured,
     clock_for,
     dtype_name,
     facts,
+    garbage_by_hand,
     interleave,
     is_lost,
     now,
-    peak_bytes,
     percentiles,
+    reason,
 )
-from .problem import Problem, Results, exact_results, judge, make_call, make_problem
-from .providers import Build, NoKernel, Provider, builders
+from .problem import Problem, Results, exact_results, first_call, judge, make_problem
+from .providers import Build, NoKernel, builders
 from .shapes import MODES, Case
 
 COLUMNS = (
     "device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date",
-    "provider", "variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions",
-    "p20_us", "p50_us", "p80_us", "us_per_step", "floor_us", "peak_bytes", "max_rel_err", "status",
+    "provider", "variant", "mode", "dtype", "T", "B", "I", "H", "layers", "directions", "packed",
+    "p20_us", "p50_us", "p80_us", "us_per_step", "host_us", "floor_us", "peak_bytes", "max_rel_err",
+    "status",
 )  # fmt: skip
 
 Row = dict[str, Any]  # a CSV row by column
+
+NO_CAPTURE = "capture failed"
+# Of a call without cuDNN, which launches several kernels for every step.
+MOST_STEPS_IN_A_GRAPH = 4096
 
 
 class Bench(NamedTuple):
@@ -77,15 +86,25 @@ def run_sweep(
     here = facts(bench.device)
     good = True
     # In float32 the eager loop and the input projections compute as nn.GRU does: TF32 by default.
-    with products_as_in_rnns(), tqdm(total=len(cases) * len(MODES), desc="sweep") as bar:
+    with (
+        products_as_in_rnns(),
+        garbage_by_hand(),
+        tqdm(total=len(cases) * len(MODES), desc="sweep") as bar,
+    ):
         for i, case in enumerate(cases):
             if until():
                 bar.write(f"out of time: {len(cases) - i} of {len(cases)} shapes not measured")
                 break
+            if "persistent" in bench.builders_of(case, bench.device):
+                # It calls a library by ctypes. Should that end the process, a new one goes on after
+                # this case, which has a row; should it not, another row follows, and counts.
+                ended = "error: the process ended here"
+                row = _row(case, bench.device, MODES[0], "persistent", ended)
+                append_row(path, COLUMNS, here | {"date": now()} | row)
             lost = ""
             for rows in measure_case(case, bench):
                 for row in rows:
-                    if row["status"].startswith("ok: capture failed"):
+                    if row["status"].startswith("ok") and NO_CAPTURE in row["status"]:
                         lost = "a capture failed"  # which would disturb those that follow
                     append_row(path, COLUMNS, here | {"date": now()} | row)
                     if not row["status"].startswith("ok"):
@@ -94,6 +113,7 @@ def run_sweep(
                         if row["provider"] == "trigru":
                             good = good and row["status"].startswith("no kernel")
                 bar.update()
+            gc.collect()
             if is_lost(bench.device):
                 lost = "the device failed"
             if lost:
@@ -124,7 +144,7 @@ def measure_case(case: Case, bench: Bench) -> Iterator[list[Row]]:
         exact = exact_results(case, problem)
     except Exception as error:
         for mode in MODES:
-            status = f"no reference: {_text(error)}"
+            status = f"no reference: {reason(error)}"
             yield [_row(case, bench.device, mode, name, status) for name in build]
         return
     for mode in MODES:
@@ -147,8 +167,8 @@ def measure_mode(
     calls: dict[str, Call] = {}
     yardstick: Results | None = None
 
-    def judged(call: Call, name: str) -> tuple[Results, float, str]:
-        results = dict(zip(wanted, call(), strict=True))
+    def judged(tensors: Sequence[Tensor], name: str) -> tuple[Results, float, str]:
+        results = dict(zip(wanted, tensors, strict=True))
         error, status = judge(results, wanted, None if name == next(iter(rows)) else yardstick)
         if bench.device.type == "cuda":
             raise_if_failed(problem.x.device)
@@ -157,29 +177,33 @@ def measure_mode(
     for i, (name, row) in enumerate(rows.items()):
         try:
             provider = build[name](case, problem.weights, mode == "training")
-            call = make_call(provider, problem, mode)
-            results, row["max_rel_err"], row["status"] = judged(call, name)
+            call, tensors, remark = first_call(provider, problem, mode)
+            results, row["max_rel_err"], row["status"] = judged(tensors, name)
+            del tensors
             if i > 0 and yardstick is None:
                 row["status"] = "unchecked: the yardstick has no result"
             if row["status"] == "ok":
                 yardstick = yardstick or results
-                row["peak_bytes"] = peak_bytes(call, bench.device)
-                calls[name], row["status"] = without_python(call, provider, bench.capture)
-        except NoKernel as reason:
-            row["status"] = f"no kernel: {reason}"
+                row["host_us"], row["peak_bytes"] = alone(call, bench.device)
+                no_graph = provider.no_graph or why_no_graph(case, remark)
+                calls[name], captured_how = without_python(call, no_graph, bench.capture)
+                remarks = "; ".join(filter(None, (remark, captured_how)))
+                row["status"] = f"ok: {remarks}" if remarks else "ok"
+        except NoKernel as why:
+            row["status"] = f"no kernel: {why}"
         except Exception as error:
-            row["status"] = f"error: {_text(error)}"
+            row["status"] = f"error: {reason(error)}"
     try:
         times = interleave(calls, bench.clock, bench.seconds) if calls else {}
         # What was timed is not what was judged above where it is a graph.
         for name, call in calls.items():
-            _, _, status = judged(call, name)
+            _, _, status = judged(call(), name)
             if status != "ok":
                 rows[name]["status"] = f"{status}, when timed"
                 del times[name]
     except Exception as error:
         for name in calls:
-            rows[name]["status"] = f"error while timed: {_text(error)}"
+            rows[name]["status"] = f"error while timed: {reason(error)}"
         return list(rows.values())
     for name in times:
         p20, p50, p80 = (round(p, 3) for p in percentiles(times[name]))
@@ -187,30 +211,34 @@ def measure_mode(
     return list(rows.values())
 
 
+def why_no_graph(case: Case, remark: str) -> str:
+    """Why no graph of a call with this remark is captured, if none is."""
+    if case.packed:
+        return "the lengths are on the host"
+    steps = case.T * case.layers * case.directions
+    if remark and steps > MOST_STEPS_IN_A_GRAPH:  # without cuDNN
+        return f"there are kernels for each of {steps} steps"
+    return ""
+
+
 def without_python(
-    call: Call, provider: Provider, capture: Callable[[Call], Call] | None
+    call: Call, no_graph: str, capture: Callable[[Call], Call] | None
 ) -> tuple[Call, str]:
-    """What to time for a call, and "ok", with the reason where it has no graph and Python is timed
-    with it."""
+    """What to time for a call, and a remark where it has no graph and Python is timed with it."""
     if capture is None:
-        return call, "ok"
-    if provider.synchronises:
-        return call, "ok: no graph, as it synchronises"
+        return call, ""
+    if no_graph:
+        return call, f"no graph: {no_graph}"
     try:
-        return capture(call), "ok"
+        return capture(call), ""
     except torch.OutOfMemoryError as error:
-        return call, f"ok: no graph: {_text(error)}"
+        return call, f"no graph: {reason(error)}"
     except RuntimeError as error:
-        return call, f"ok: capture failed: {_text(error)}"
+        return call, f"{NO_CAPTURE}: {reason(error)}"
 
 
 def _row(case: Case, device: torch.device, mode: str, name: str, status: str) -> Row:
     """A row's columns from `provider` on, with nothing measured yet."""
     row: Row = dict.fromkeys(COLUMNS[COLUMNS.index("provider") :])
-    dtype = dtype_name(case.dtype, device)
-    return row | case._asdict() | {"dtype": dtype, "provider": name, "mode": mode, "status": status}
-
-
-def _text(error: Exception) -> str:
-    """The type and the first line of what an exception says."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    shape = case._asdict() | {"dtype": dtype_name(case.dtype, device), "packed": int(case.packed)}
+    return row | shape | {"provider": name, "mode": mode, "status": status}

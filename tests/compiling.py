@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from trigru.backward import _gru_backward_kernel
 from trigru.forward import _gru_forward_kernel
-from trigru.launch import compile_time
+from trigru.launch import compile_options, compile_time
 from trigru.plan import DeviceLimits, LaunchPlan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -70,9 +70,10 @@ def compile_plan(
         else:
             pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64"}
             signature[name] = pointers.get(name, "*" + ELEMENT[dtype])
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not kernel.params[i].do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": plan.num_warps, "num_stages": 1}
+    options = {"num_warps": plan.num_warps, **compile_options()}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

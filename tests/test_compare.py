@@ -17,8 +17,9 @@ def row(p50=100.0, noise=1.0, **changes):
         "device": H100, "sm": "90", "driver": "570", "torch": "2.13.0", "triton": "3.6.0",
         "cudnn": "91002", "commit": "abc", "kernel_hash": "0123", "date": "2026-01-01T00:00:00Z",
         "provider": "trigru", "variant": "torch", "mode": "forward", "dtype": "bf16",
-        "T": 512, "B": 16, "I": 64, "H": 64, "layers": 1, "directions": 1, "us_per_step": "",
-        "floor_us": "", "peak_bytes": 1000, "max_rel_err": 0.001, "status": "ok",
+        "T": 512, "B": 16, "I": 64, "H": 64, "layers": 1, "directions": 1, "packed": 0,
+        "us_per_step": "", "host_us": "", "floor_us": "", "peak_bytes": 1000, "max_rel_err": 0.001,
+        "status": "ok",
     }  # fmt: skip
     times = dict.fromkeys(("p20_us", "p50_us", "p80_us"), "")
     if p50 is not None:
@@ -116,7 +117,7 @@ def test_the_columns_are_aligned(both):
 def test_every_column_of_the_shape_tells_rows_apart(both):
     changes = {
         "provider": "cudnn", "variant": "textbook", "mode": "training", "dtype": "fp16",
-        "T": 16, "B": 1, "I": 32, "H": 128, "layers": 2, "directions": 2,
+        "T": 16, "B": 1, "I": 32, "H": 128, "layers": 2, "directions": 2, "packed": 1,
     }  # fmt: skip
     for column, value in changes.items():
         c = both([row()], [row(50, **{column: value})])
@@ -310,9 +311,9 @@ def test_rows_of_one_file_are_counted_with_their_shapes(both):
     assert title == "Only in one file (5 rows of A, 1 rows of B):"
     assert head.split()[:3] == ["file", "rows", "provider"]
     assert [" ".join(line.split()) for line in lines] == [
-        "A 4 cudnn,trigru torch forward bf16 512 1,2 64 64,128 1 1",
-        "A 1 trigru torch forward fp16 512 16 64 64 1 1",
-        "B 1 trigru torch training bf16 16 16 64 64 1 1",
+        "A 4 cudnn,trigru torch forward bf16 512 1,2 64 64,128 1 1 0",
+        "A 1 trigru torch forward fp16 512 16 64 64 1 1 0",
+        "B 1 trigru torch training bf16 16 16 64 64 1 1 0",
     ]
     assert c.good
     assert not section(report(both(a, a)), "Only")

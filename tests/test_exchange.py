@@ -15,14 +15,13 @@ HALVES = [0, 0, 1, 0x7FFF, 0x8000, 0xFF00, 0xFFFD, 0xFFFE, 0xFFFE, 0xFFFF, 0xFFF
 STATEMENT = re.compile(r"(?:@(!?)(\w+) )?([\w.]+)(.*);|(\w+):|[{}]")
 COMPUTE = {  # anything else is unknown and raises
     **dict.fromkeys(["mov.b32", "mov.u64", "mov.pred"], lambda a: a),
-    **dict.fromkeys(["setp.ne.u32", "setp.ne.s64"], lambda a, b: a != b),
+    "setp.ne.u32": lambda a, b: a != b,
     "setp.eq.u32": lambda a, b: a == b,
     "setp.lt.s64": lambda a, b: a < b,
     "or.pred": lambda a, b: a or b,
     "and.b32": lambda a, b: a & b,
     "max.u32": max,
     "sub.u32": lambda a, b: (a - b) % 2**32,
-    "sub.s64": lambda a, b: a - b,  # of addresses, far from wrapping
     "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c}[table],
 }
 
@@ -84,9 +83,7 @@ def wait(tile, limit=LONG):
         if opcode in (None, ".reg") or (guard and registers[guard] == bool(negated)):
             continue
         *into, last = re.findall(r"[^][{}, ]+", arguments) or [None]
-        if opcode == "trap":
-            raise RuntimeError("trap")
-        elif opcode == "bra":
+        if opcode == "bra":
             at = [label for *_, label in code].index(last)
         elif opcode == "st.relaxed.sys.global.b32":
             stored[value(into[0])] = value(last)
@@ -127,15 +124,6 @@ def test_a_wait_for_what_never_arrives_ends_at_the_deadline_and_sets_the_flag(ve
     words, _, stored, clock = wait(tile)
     assert words == tile.words(tile.final) and stored == {FLAG: 1}
     assert clock == START + LONG  # the first look at the clock that is not before it
-
-
-@CASES
-def test_elements_that_are_not_adjacent_end_in_the_trap(vectors, bits):
-    for vector, wrong in product(range(vectors), (-16, -bits // 8, bits // 8, 16, 2**32)):
-        tile = Tile(Random(0), vectors, bits)
-        tile.addresses[(vector + 1) * 128 // bits - 1] += wrong
-        with pytest.raises(RuntimeError, match="trap"):
-            wait(tile)
 
 
 @CASES

@@ -125,6 +125,7 @@ def test_a_step_takes_the_longer_of_its_parts(floor):
     assert floor(GROUP, "forward", slow | {FORWARD: 0.9}) == pytest.approx(100)
     assert floor(GROUP, "forward", slow | {FORWARD: 1.5}) == pytest.approx(150)
     assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 1.5}) == pytest.approx(350)
+    assert floor(GROUP._replace(packed=True), "forward", slow) is None
 
 
 def test_layers_and_directions(floor):
@@ -245,6 +246,8 @@ def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
         FORWARD._replace(turns=2),
         BACKWARD._replace(slices=1, turns=2),
     }
+    # Packed, where fewer and fewer rows run, nothing bounds a step from below.
+    assert not floors.exchanges([GROUP._replace(packed=True)], H100)
     more = floors.exchanges([GROUP._replace(H=600)], H100)
     assert set(more) == {
         FORWARD._replace(programs=48, H_pad=768),
@@ -355,7 +358,7 @@ def test_a_launch_is_cooperative(monkeypatch):
     assert launched == {
         "grid": (32, 3, 1), "H_PAD": 512, "BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 256,
         "SPLIT_K": 8, "SPIN": 0, "SLICES": 3, "BARRIER": True, "num_warps": 4, "num_stages": 1,
-        "launch_cooperative_grid": True,
+        "enable_fp_fusion": True, "launch_cooperative_grid": True,
     }  # fmt: skip
 
 
@@ -535,7 +538,7 @@ def compiled(kernel, sm, types, constants, num_warps):
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
     source = ASTSource(kernel, signature, constants, pointers)
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, **launch.compile_options()}
     asm = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numerics import assert_within_rule
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import prune
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.testing import assert_close
 
-from trigru import TriGRU, ops, reference, replace_gru
+from trigru import TriGRU, ops, reference
 from trigru.layer import _without_cudnn
 
 F64 = torch.float64
@@ -359,24 +359,119 @@ def as_variant(variant):
     return lambda **settings: TriGRU(IN, H, **settings, variant=variant)
 
 
-@BIAS
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("store", [lambda state: state, from_file], ids=["", "from a file"])
-@pytest.mark.parametrize("wrap", [lambda layer: layer, nested], ids=["alone", "nested"])
-@pytest.mark.parametrize(
-    "source, variant",
-    [
-        (as_nn_gru, "textbook"),
-        (as_variant("torch"), "textbook"),
-        (as_variant("textbook"), "torch"),
-    ],
-    ids=["nn.GRU to textbook", "torch to textbook", "textbook to torch"],
+STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+WRAP = pytest.mark.parametrize("wrap", [lambda layer: layer, nested], ids=["alone", "nested"])
+MAKE_GRU = pytest.mark.parametrize(
+    "source", [as_nn_gru, as_variant("torch")], ids=["nn.GRU", "torch"]
 )
-def test_checkpoints_of_another_variant(source, variant, wrap, store, strict, bias):
-    state = store(wrap(source(bias=bias)).state_dict())
+
+
+@BIAS
+@STRICT
+@pytest.mark.parametrize("store", [lambda state: state, from_file], ids=["", "from a file"])
+@WRAP
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_checkpoints_of_another_variant(variant, wrap, store, strict, bias):
+    (other,) = set(ops.VARIANTS) - {variant}
+    state = store(wrap(as_variant(other)(bias=bias)).state_dict())
     layer = TriGRU(IN, H, bias=bias, variant=variant)
     with pytest.raises(RuntimeError, match=f"the layer of variant '{variant}'"):
         wrap(layer).load_state_dict(state, strict=strict)
+
+
+@STRICT
+@WRAP
+@MAKE_GRU
+@pytest.mark.parametrize("store", [lambda state: state, dict, from_file], ids=["", "flat", "file"])
+@pytest.mark.parametrize("bias", [True, False], ids=["into biases", "into none"])
+def test_the_textbook_form_refuses_the_second_biases(source, wrap, store, strict, bias):
+    """They are the torch form's alone: to leave them out would be another function."""
+    state = store(wrap(source()).state_dict())
+    model = wrap(TriGRU(IN, H, bias=bias, variant="textbook"))
+    with pytest.raises(
+        RuntimeError, match="is of variant 'torch', the layer of variant 'textbook'"
+    ):
+        model.load_state_dict(state, strict=strict)
+
+
+@WRAP
+def test_a_checkpoint_that_does_not_say_its_variant(wrap, recwarn):
+    """Without biases nn.GRU's has the same names."""
+    source, model = nn.GRU(IN, H, bias=False), TriGRU(IN, H, bias=False, variant="textbook")
+    state = wrap(source).state_dict()
+    with pytest.warns(UserWarning, match="does not say its variant; if it is nn.GRU's"):
+        wrap(model).load_state_dict(state)
+    assert_close(dict(model.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+    wrap(model).load_state_dict(dict(state))
+    assert not recwarn.list
+
+
+def stripped_by_hand(state, prefix):
+    """As scripts do it, which leave the metadata as it was."""
+    for key in list(state):
+        state[key.removeprefix(prefix)] = state.pop(key)
+
+
+RENAMED = {  # what holds the layer when it is saved, and what when it is loaded
+    "DataParallel's": ("module.", lambda m: nn.ModuleDict({"module": m})),
+    "one level": ("encoder.", lambda m: nn.ModuleDict({"encoder": m})),
+    "two levels": ("model.encoder.", lambda m: nn.ModuleDict({"model": nested_as_encoder(m)})),
+}
+
+
+def nested_as_encoder(layer):
+    return nn.ModuleDict({"encoder": layer})
+
+
+@VARIANT
+@BIAS
+@WRAP
+@pytest.mark.parametrize("strip", [stripped_by_hand, consume_prefix_in_state_dict_if_present])
+@pytest.mark.parametrize("renamed", RENAMED)
+@pytest.mark.filterwarnings("ignore:the checkpoint of .* does not say its variant")
+def test_checkpoints_with_other_prefixes(renamed, strip, wrap, variant, bias):
+    prefix, hold = RENAMED[renamed]
+    source, target = (TriGRU(IN, H, **STACK, bias=bias, variant=variant) for _ in range(2))
+    state = hold(wrap(source)).state_dict()
+    strip(state, prefix)
+    assert wrap(target).load_state_dict(state) == ([], [])
+    assert_close(list(target.parameters()), list(source.parameters()), rtol=0, atol=0)
+
+
+@BIAS
+def test_metadata_of_another_layer(bias):
+    """Keys have been renamed, and the metadata in their place was not: it speaks of no weights."""
+    old = nn.ModuleDict({"gru": TriGRU(IN, H, bias=bias, variant="textbook")})
+    state = old.state_dict()
+    for key in list(state):
+        state["old_" + key] = state.pop(key)
+    layers = {"old_gru": "textbook", "gru": "torch"}
+    new = nn.ModuleDict({n: TriGRU(IN, H, bias=bias, variant=v) for n, v in layers.items()})
+    missing, unexpected = new.load_state_dict(state, strict=False)
+    assert all(key.startswith("gru.") for key in missing) and not unexpected
+    assert_close(new["old_gru"].weight_hh_l0, old["gru"].weight_hh_l0)
+
+
+def test_metadata_of_another_layer_beside_second_biases():
+    source, target = TriGRU(IN, H), TriGRU(IN, H)
+    state = source.state_dict()
+    state._metadata[""]["variant"] = "textbook"
+    target.load_state_dict(state)
+    assert_close(list(target.parameters()), list(source.parameters()), rtol=0, atol=0)
+
+
+def test_a_hook_may_convert_a_checkpoint():
+    """The variant is judged after the hooks that load_state_dict runs."""
+
+    def convert(state, prefix, metadata, *_):
+        metadata["variant"] = "textbook"
+        del state[f"{prefix}bias_hh_l0"]
+
+    layer = TriGRU(IN, H, variant="textbook")
+    layer.register_load_state_dict_pre_hook(lambda module, *args: convert(*args))
+    source = nn.GRU(IN, H)
+    layer.load_state_dict(source.state_dict())
+    assert_close(layer.weight_hh_l0, source.weight_hh_l0)
 
 
 @VARIANT
@@ -600,9 +695,11 @@ def test_from_the_meta_device(form, bias):
     layer.to_empty(device="cpu").load_state_dict(source.state_dict())
     case = make_case(source)
     assert_close(results(layer, layer, case), results(source, source, case), rtol=0, atol=0)
-    assigned = TriGRU(IN, H, **STACK, bias=bias, variant=form, device="meta")
-    assigned.load_state_dict(source.state_dict(), assign=True)
-    assert_close(results(assigned, assigned, case), results(source, source, case), rtol=0, atol=0)
+    for store in (lambda state: state, dict, from_file):
+        assigned = TriGRU(IN, H, **STACK, bias=bias, variant=form, device="meta")
+        assigned.load_state_dict(store(source.state_dict()), assign=True)
+        actual = results(assigned, assigned, case)
+        assert_close(actual, results(source, source, case), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("with_hx", [False, True], ids=["", "hx"])
@@ -634,163 +731,3 @@ def test_other_dtypes(form):
     case = make_case(layer)
     assert all(t.dtype == F64 for t in case[0])
     assert_close(results(layer, layer, case), results(expected(layer), layer, case))
-
-
-# Conversions
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@SETTINGS
-@pytest.mark.parametrize(
-    "kind, convert", [(nn.GRU, TriGRU.from_torch), (TriGRU, TriGRU.to_torch)], ids=["from", "to"]
-)
-def test_conversions_share_everything(kind, convert, settings, training):
-    settings = settings | {"num_layers": settings["num_layers"] + 1, "dropout": 0.5}
-    source = kind(IN, H, **settings, dtype=F64).train(training)
-    source.weight_hh_l0.requires_grad_(False)
-    target = convert(source)
-    assert type(target) is (TriGRU if kind is nn.GRU else nn.GRU)
-    assert repr(target).removeprefix("Tri") == repr(source).removeprefix("Tri")
-    assert target.training == training
-    ours, theirs = dict(target.named_parameters()), dict(source.named_parameters())
-    assert list(ours) == list(theirs)
-    assert all(ours[name] is theirs[name] for name in ours)
-    assert not target.weight_hh_l0.requires_grad
-    x = torch.randn(T, B, IN, dtype=F64)
-    assert_close(target.eval()(x), source.eval()(x))
-
-
-def test_conversions_of_tied_weights():
-    source = nn.GRU(H, H, num_layers=2)
-    source.weight_hh_l1 = source.weight_hh_l0
-    target = TriGRU.from_torch(source)
-    assert target.weight_hh_l1 is target.weight_hh_l0 is source.weight_hh_l0
-    x = torch.randn(T, B, H)
-    assert_close(target(x), source(x))
-
-
-def test_conversion_to_a_subclass():
-    class Mine(TriGRU):
-        pass
-
-    assert type(Mine.from_torch(nn.GRU(IN, H))) is Mine
-
-
-@BIAS
-def test_the_textbook_form_has_no_nn_gru(bias):
-    with pytest.raises(ValueError, match=r"nn\.GRU cannot compute the textbook variant"):
-        TriGRU(IN, H, bias=bias, variant="textbook").to_torch()
-
-
-# replace_gru
-
-
-class Subclass(nn.GRU):
-    pass
-
-
-class Model(nn.Module):
-    """An nn.GRU at the top, one used twice further down, one of a subclass, and an nn.LSTM."""
-
-    def __init__(self):
-        super().__init__()
-        shared = nn.GRU(H, H, batch_first=True)
-        self.first = nn.GRU(IN, H, batch_first=True)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"gru": shared, "out": nn.Linear(H, H)}) for _ in "ab"
-        )
-        self.special = Subclass(H, H, batch_first=True)
-        self.lstm = nn.LSTM(H, 2, batch_first=True)
-
-    def forward(self, x):
-        x, _ = self.first(x)
-        for block in self.blocks:
-            x = block["out"](block["gru"](x)[0])
-        return self.lstm(self.special(x)[0])[0]
-
-
-def test_replace_gru():
-    model = Model()
-    names, before = list(model.state_dict()), dict(model.named_parameters())
-    x = torch.randn(B, T, IN)
-    exact = model(x)
-    assert replace_gru(model) == 2
-    assert type(model.first) is TriGRU and model.first.batch_first
-    assert type(model.blocks[0]["gru"]) is TriGRU
-    assert model.blocks[0]["gru"] is model.blocks[1]["gru"]
-    assert type(model.special) is Subclass and type(model.lstm) is nn.LSTM
-    assert list(model.state_dict()) == names
-    assert all(p is before[name] for name, p in model.named_parameters())
-    assert_close(model(x), exact)
-    assert replace_gru(model) == 0
-
-
-def test_replace_gru_in_a_container():
-    model = nn.Sequential(nn.Sequential(nn.GRU(IN, H)), nn.ReLU()).eval()
-    assert replace_gru(model) == 1
-    assert type(model[0][0]) is TriGRU and not model[0][0].training
-
-
-def test_replace_gru_of_the_model_itself():
-    with pytest.raises(ValueError, match=r"use TriGRU.from_torch\(model\)"):
-        replace_gru(nn.GRU(IN, H))
-    assert replace_gru(Subclass(IN, H)) == 0
-    assert replace_gru(nn.Linear(IN, H)) == 0
-
-
-def test_an_optimiser_trains_a_replaced_model():
-    model = Model()
-    untouched = copy.deepcopy(model)
-    optimisers = [torch.optim.Adam(m.parameters(), lr=0.1) for m in (model, untouched)]
-    before = copy.deepcopy(model.state_dict())
-    replace_gru(model)
-    x = torch.randn(B, T, IN)
-    for _ in range(3):
-        for each, optimiser in zip((model, untouched), optimisers, strict=True):
-            optimiser.zero_grad()
-            each(x).square().sum().backward()
-            optimiser.step()
-    assert_close(dict(model.state_dict()), dict(untouched.state_dict()))
-    assert not any(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-
-
-def test_hooks_and_pruning_come_along():
-    """As PyTorch keeps them: pruning is a hook that makes the weight anew before each call."""
-    model = nn.ModuleList([nn.GRU(IN, H)])
-    prune.random_unstructured(model[0], "weight_hh_l0", 0.5)
-    seen = []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
-    x = torch.randn(T, B, IN)
-    before = model[0](x)
-    replace_gru(model)
-    assert_close(model[0](x), before)
-    back = model[0].to_torch()
-    assert_close(back(x), before)
-    assert seen == [nn.GRU, TriGRU, nn.GRU]
-    model[0](x)[0].sum().backward()
-    grad = model[0].weight_hh_l0_orig.grad
-    assert torch.equal(grad == 0, model[0].weight_hh_l0_mask == 0)
-
-
-def test_a_hook_that_knows_its_module_knows_the_new_one():
-    model, seen = nn.ModuleList([nn.GRU(IN, H)]), []
-    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
-    replace_gru(model)
-    model.load_state_dict(model.state_dict())
-    assert seen == [model[0]]
-
-
-def test_a_parametrised_layer_has_no_nn_gru():
-    for layer in (type("Mine", (TriGRU,), {})(IN, H), TriGRU(IN, H)):
-        if type(layer) is TriGRU:
-            nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
-        with pytest.raises(TypeError, match="expected a TriGRU itself, got"):
-            layer.to_torch()
-
-
-def test_a_parametrised_layer_is_left_alone():
-    model = nn.ModuleList([nn.GRU(IN, H)])
-    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
-    assert replace_gru(model) == 0
-    with pytest.raises(TypeError, match=r"expected an nn\.GRU itself, got ParametrizedGRU"):
-        TriGRU.from_torch(model[0])

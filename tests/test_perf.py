@@ -2,6 +2,7 @@
 Nothing here depends on how long anything takes."""
 
 import csv
+import gc
 import math
 import sys
 import types
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import perf.problem
 import perf.sweep
 from perf import __main__ as command
-from perf import measure, providers, train
+from perf import accuracy, ahead, kernels, measure, providers, train
 from perf.measure import append_row, captured, facts, interleave, percentiles
 from perf.problem import exact_results, make_call, make_problem
 from perf.providers import (
@@ -29,7 +31,7 @@ from perf.providers import (
     builders,
     textbook_cell,
 )
-from perf.shapes import COARSE, SETS, VARIANTS, Case, measured_by_all
+from perf.shapes import SETS, VARIANTS, Case, core, joined_by_peers, rounds
 from perf.sweep import Bench, DeviceLost, not_measured, run_sweep
 from trigru import TriGRU
 from trigru.accuracy import relative_error
@@ -39,8 +41,8 @@ TORCH = Case("torch", "fp32", T=5, B=3, I=4, H=6)
 TEXTBOOK = TORCH._replace(variant="textbook")
 COLUMNS = (
     "device,sm,driver,torch,triton,cudnn,commit,kernel_hash,date,provider,variant,mode,dtype,"
-    "T,B,I,H,layers,directions,p20_us,p50_us,p80_us,us_per_step,floor_us,peak_bytes,max_rel_err,"
-    "status"
+    "T,B,I,H,layers,directions,packed,p20_us,p50_us,p80_us,us_per_step,host_us,floor_us,peak_bytes,"
+    "max_rel_err,status"
 )
 
 
@@ -86,7 +88,7 @@ def changed(change):
     """TriGRU's builder with its layer's output y replaced by change(y)."""
 
     def build(case, weights, training):
-        layer, parameters, _ = build_trigru(case, weights, training)
+        layer, parameters, *_ = build_trigru(case, weights, training)
 
         def changed_layer(x, h0):
             y, h_n = layer(x, h0)
@@ -108,13 +110,71 @@ def test_calls_run_in_turn_and_get_their_own_times():
     assert times == {"a": [10, 13, 16, 19], "b": [11, 14, 17, 20], "c": [12, 15, 18, 21]}
 
 
-@pytest.mark.parametrize("seconds, rounds", [(0, 5), (2e-3, 10), (1, 20)])
-def test_as_many_rounds_as_fit_into_the_seconds(seconds, rounds):
+@pytest.mark.parametrize(
+    "us, seconds, warm_up, timed",
+    [(100, 0, 3, 5), (100, 2e-3, 3, 10), (100, 1, 3, 20), (2e5, 0.05, 1, 3), (2e5, 4, 1, 10)],
+)
+def test_as_many_rounds_as_fit_into_the_seconds(us, seconds, warm_up, timed):
+    ran = []
+
     def clock(calls):
-        return [100.0] * len(calls)
+        ran.extend(calls)
+        return [float(us)] * len(calls)
 
     times = interleave({"a": int, "b": int}, clock, seconds, least=5, most=20)
-    assert [len(t) for t in times.values()] == [rounds, rounds]
+    assert [len(t) for t in times.values()] == [timed, timed]
+    assert len(ran) == 2 * (warm_up + timed)
+
+
+class FakeCuda:
+    """A device whose calls return at once, take their time, and hold a little more each time."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.held, self.most, self.running = 0.0, 1000, 1000, False
+        for name, value in {
+            "synchronize": self.synchronize, "memory_allocated": lambda device: self.held,
+            "max_memory_allocated": lambda device: self.most,
+            "reset_peak_memory_stats": lambda device: setattr(self, "most", self.held),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def synchronize(self, device=None):
+        self.now += 7.0 * self.running
+        self.running = False
+
+    def call(self, seconds, size):
+        def call():
+            assert not self.running, "the device is not idle"
+            self.now, self.running = self.now + next(seconds), True
+            self.most = max(self.most, self.held + size)
+
+        return call
+
+
+@pytest.mark.parametrize("seconds, us", [([3e-6, 1e-6, 9e-6, 2e-6, 5e-6], 3), ([0.06], 6e4)])
+def test_the_host_is_timed_without_the_device(monkeypatch, seconds, us):
+    """The median of five calls, or one that takes long."""
+    cuda = FakeCuda(monkeypatch)
+    cuda.most = 10**9  # of what ran before
+    times = iter(seconds)
+    found = measure.alone(cuda.call(times, 64), torch.device("cuda"))
+    assert found == (pytest.approx(us), 64) and not list(times)
+    assert measure.alone(cuda.call(times, 64), CPU) == (None, None)
+
+
+def test_garbage_is_collected_once_a_shape(tmp_path, monkeypatch):
+    """And not while something is timed or captured."""
+    collected, enabled = [], []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+
+    def clock(calls):
+        enabled.append(gc.isenabled())
+        return FakeClock()(calls)
+
+    _, good = sweep(tmp_path / "sweep.csv", [TORCH, TEXTBOOK], clock=clock)
+    assert good and len(collected) == 1 + 2 and not any(enabled)
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_percentiles():
@@ -236,7 +296,7 @@ def test_nothing_is_timed_against_a_yardstick_that_failed(tmp_path, useless):
     def build(case, weights, training):
         if not useless:
             raise RuntimeError("no")
-        layer, parameters, _ = build_torch(case, weights, training)
+        layer, parameters, *_ = build_torch(case, weights, training)
         return Provider(lambda x, h0: tuple(-t for t in layer(x, h0)), parameters)
 
     clock = FakeClock()
@@ -327,7 +387,7 @@ def test_what_was_timed_is_judged(tmp_path):
 
 def test_what_cannot_be_captured_is_timed_with_its_python(tmp_path):
     def build(case, weights, training):
-        return build_trigru(case, weights, training)._replace(synchronises=True)
+        return build_trigru(case, weights, training)._replace(no_graph="it synchronises")
 
     captures = []
 
@@ -338,7 +398,7 @@ def test_what_cannot_be_captured_is_timed_with_its_python(tmp_path):
     path = tmp_path / "sweep.csv"
     rows, good = sweep(path, [TORCH], {"trigru": build}, capture=capture)
     assert good and all(r["p50_us"] for r in rows) and len(captures) == 2  # nn.GRU's
-    assert [r["status"] for r in rows] == ["ok", "ok: no graph, as it synchronises"] * 2
+    assert [r["status"] for r in rows] == ["ok", "ok: no graph: it synchronises"] * 2
 
 
 def test_without_memory_for_a_graph_the_sweep_goes_on(tmp_path):
@@ -361,6 +421,20 @@ def test_a_failed_capture_ends_the_process_after_the_shape(tmp_path):
     assert len(rows) == 4 and all(r["p50_us"] for r in rows)
     said = "ok: capture failed: RuntimeError: operation not permitted"
     assert {r["status"] for r in rows} == {said}
+
+
+def test_a_failed_capture_ends_it_whatever_else_is_said(tmp_path):
+    """Of the first call alone, which is cuDNN's that refused."""
+    errors = [RuntimeError("operation not permitted")]
+
+    def capture(call):
+        if errors:
+            raise errors.pop()
+        return call
+
+    with pytest.raises(DeviceLost, match="a capture failed"):
+        sweep(tmp_path / "s.csv", [TORCH], {"aten": refusing(REFUSED)}, capture=capture)
+    assert read(tmp_path / "s.csv")[0]["status"].startswith(f"{WITHOUT}; capture failed: ")
 
 
 def test_floors_are_trigru_s_by_case_and_mode(tmp_path):
@@ -402,6 +476,130 @@ def test_a_lost_device_ends_the_process_after_the_shape(tmp_path, monkeypatch, l
     else:
         run_sweep(cases, path, bench)
     assert len(read(path)) == 4 * measured
+
+
+# cuDNN that refuses
+
+
+def refusing(*errors):
+    """nn.GRU as if cuDNN ran it, which raises these errors by turns."""
+    left = list(errors)
+
+    def build(case, weights, training):
+        provider = build_torch(case, weights, training)
+
+        def layer(x, h0):
+            if torch._C._get_cudnn_enabled():
+                left.append(left.pop(0))
+                raise left[-1]
+            return provider.layer(x, h0)
+
+        return provider._replace(layer=layer, cudnn=True)
+
+    return build
+
+
+REFUSED = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+WITHOUT = "ok: without cuDNN: RuntimeError: cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
+
+
+def test_what_cudnn_refuses_is_taken_without_it(tmp_path, monkeypatch):
+    """In the exact results, in what is checked, captured and timed; and cuDNN is on again."""
+    monkeypatch.setattr(perf.problem, "build_torch", refusing(REFUSED))
+    captures = []
+
+    def capture(call):
+        captures.append(call)
+        return call
+
+    build = {"aten": refusing(REFUSED)}
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH], build, capture=capture)
+    assert good and all(r["p50_us"] for r in rows) and len(captures) == 4
+    assert [r["status"] for r in rows] == [WITHOUT, "ok"] * 2
+    assert torch._C._get_cudnn_enabled()
+    # Kernels one by one: of many steps no graph.
+    monkeypatch.setattr(perf.sweep, "MOST_STEPS_IN_A_GRAPH", 9)
+    rows, _ = sweep(tmp_path / "deep.csv", [TORCH._replace(layers=2)], build, capture=capture)
+    said = f"{WITHOUT}; no graph: there are kernels for each of 10 steps"
+    assert [r["status"] for r in rows] == [said, "ok"] * 2 and len(captures) == 4 + 2
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: OutOfMemoryError: CUDA out of me"),
+        (
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+            "error: RuntimeError: cuDNN error",
+        ),
+        (ValueError("no"), "error: ValueError: no"),
+    ],
+)
+def test_what_is_no_refusal_of_cudnn_s_is_an_error(tmp_path, error, says):
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH], {"aten": refusing(error)})
+    assert not good and all(r["status"].startswith(says) for r in rows[::2])
+
+
+def test_others_are_not_taken_without_cudnn(tmp_path):
+    def build(case, weights, training):
+        return refusing(REFUSED)(case, weights, training)._replace(cudnn=False)
+
+    rows, good = sweep(tmp_path / "sweep.csv", [TORCH], {"trigru": build})
+    assert not good and rows[1]["status"].startswith("error: RuntimeError: cuDNN error")
+
+
+def test_kernels_and_accuracy_say_what_cudnn_refused(tmp_path, monkeypatch):
+    def builders_of(case, device):
+        return {"cudnn": refusing(REFUSED), "trigru": build_trigru}
+
+    assert accuracy.run_accuracy([TORCH], CPU, tmp_path / "accuracy.csv", builders_of)
+    monkeypatch.setattr(kernels, "builders", builders_of)
+    assert kernels.run_kernels([TORCH], CPU, tmp_path / "kernels.csv")
+    for part in ("accuracy", "kernels"):
+        said = {(r["provider"], r["status"]) for r in read(tmp_path / f"{part}.csv")}
+        assert said == {("cudnn", WITHOUT), ("trigru", "ok")}
+
+
+# Packed
+
+
+PACKED = TORCH._replace(T=7, B=20, packed=True)
+
+
+def test_lengths_of_a_packed_case():
+    lengths = PACKED.lengths()
+    assert lengths == sorted(lengths, reverse=True) == PACKED.lengths()
+    assert (len(lengths), max(lengths), min(lengths)) == (20, 7, 1) and len(set(lengths)) > 4
+    assert TORCH.lengths() == [5, 5, 5]
+    problem = make_problem(PACKED, CPU)
+    assert problem.x.shape == (sum(lengths), 4) and problem.dy.shape == (sum(lengths), 6)
+    assert problem.batch_sizes.tolist() == [sum(n > t for n in lengths) for t in range(7)]
+
+
+@pytest.mark.parametrize("layers, directions", [(1, 1), (2, 2)])
+def test_packed_sequences_are_swept(tmp_path, layers, directions):
+    """Right, and timed without a graph, which would not hold the lengths."""
+    path, case = tmp_path / "sweep.csv", PACKED._replace(layers=layers, directions=directions)
+    rows, good = sweep(path, [case], capture=lambda call: pytest.fail("captured"))
+    assert good and all(r["p50_us"] and r["packed"] == "1" for r in rows)
+    assert {r["status"] for r in rows} == {"ok: no graph: the lengths are on the host"}
+    assert not_measured([case, case._replace(packed=False)], path, CPU) == [
+        case._replace(packed=False)
+    ]
+
+
+def test_a_wrong_packed_result_is_found(tmp_path):
+    def build(case, weights, training):
+        layer, parameters, *_ = build_trigru(case, weights, training)
+
+        def shifted(x, h0):
+            y, h_n = layer(x, h0)
+            return y._replace(data=y.data.roll(1, 0)), h_n
+
+        return Provider(shifted, parameters)
+
+    rows, good = sweep(tmp_path / "sweep.csv", [PACKED], {"trigru": build})
+    assert not good and rows[1]["status"].startswith("wrong: y: ")
 
 
 # Providers
@@ -500,31 +698,60 @@ def test_torchrl_gets_batches_first_in_float32(monkeypatch):
 
 def test_the_yardstick_comes_first(monkeypatch):
     monkeypatch.setattr(providers, "find_spec", lambda name: name == "torchrl" or None)
-    many = TORCH._replace(dtype="bf16", T=512, B=64, H=1024)
+    many = next(c for c in core() if joined_by_peers(c))
     for case, device, names in (
         (TORCH, CPU, "aten trigru"),
         (TORCH, torch.device("cuda"), "cudnn trigru"),
         (TEXTBOOK, CPU, "eager trigru"),
-        (many, torch.device("cuda"), "cudnn trigru eager compiled torchrl"),
+        (many, torch.device("cuda"), "cudnn trigru eager torchrl compiled"),
         (many._replace(variant="textbook"), CPU, "eager trigru compiled"),
     ):
         assert " ".join(builders(case, device)) == names
 
 
 def test_the_sets_have_what_they_promise():
-    smoke, core = (list(SETS[name]()) for name in ("smoke", "core"))
+    smoke, default = list(SETS["smoke"]()), SETS["default"]()
     assert {c.dtype for c in smoke} == {"fp32"} and max(c.T for c in smoke) <= 64
-    assert all(c.I == c.H for c in core) and len(core) == len(set(core))
-    deep = [c for c in core if (c.layers, c.directions) != (1, 1)]
-    other_T = [c for c in core if c.T != 512]
-    assert len(core) - len(deep) - len(other_T) == 2 * 3 * 8 * 7
-    assert len(other_T) == 2 * 3 * 3 * 7 and {c.H for c in other_T} == {512}
-    assert len(deep) == 2 * 3 * 3 * 3 * 2
-    assert sum(map(measured_by_all, core)) == 4
-    # What a sweep that is cut off early has: nn.GRU's equation in bfloat16, all sizes, coarsely.
-    first = [(c.variant, c.dtype) for c in core[:62]]
-    assert set(first) == {("torch", "bf16")}
-    assert {(c.H, c.B) for c in core[:62]} >= {(H, B) for H in (64, 2048) for B in COARSE}
+    assert all(c.I == c.H for c in core()) and len(core()) == len(set(core()))
+    assert {c.H for c in core()} >= set(
+        (64, 100, 128, 192, 224, 256, 384, 480, 512, 768, 1024, 2048)
+    )
+    # Early is what people run, whatever is cut off later, and a coarse picture of all.
+    assert core()[: len(default)] == default and 100 <= len(default) <= 120
+    run = {(c.B, c.T) for c in default if c.dtype == "bf16"}
+    assert run >= {
+        (4096, 24), (1024, 32), (128, 128), (16, 64), (128, 2000), (32, 1375), (1, 16384), (1, 1),
+        (1056, 1000), (8, 2048),
+    }  # fmt: skip
+    shapes = {c[2:] for c in default}
+    assert {(100, 256, 512, 512, 1, 1, True), (2000, 128, 384, 384, 3, 1, False)} < shapes
+    assert (10000, 100, 128, 128, 2, 2, False) in shapes
+    for variant, dtype, sizes in (
+        ("torch", "bf16", (1, 16, 64, 256)),
+        ("textbook", "bf16", (1, 64)),
+        ("torch", "fp32", (1, 64)),
+    ):
+        plain = {(c.H, c.B) for c in default if c[:3] == (variant, dtype, 512)}
+        assert plain >= {(H, B) for H in (64, 128, 256, 512, 1024, 2048) for B in sizes}
+    # An eager loop is the yardstick of the textbook form, and knows no packed sequences.
+    assert not any(c.packed or c.T > 2048 for c in core() if c.variant == "textbook")
+    # What is compiled comes last, with few steps.
+    compiled = [c for c in core() if joined_by_peers(c)]
+    assert compiled == default[-2:] and {c.T for c in compiled} == {64}
+
+
+def test_where_a_loss_is_likely_comes_early():
+    """In every round: very many rows, few steps, a small H, an H between tiles."""
+    for number in (0, 1, 2):
+        places = [
+            c for c in core() if rounds(c) == number and c.T < 8192 and not joined_by_peers(c)
+        ]
+        half = len(places) // 2
+        for likely in (
+            lambda c: c.B >= 1024, lambda c: c.T <= 32, lambda c: c.H <= 128, lambda c: c.H == 480,
+        ):  # fmt: skip
+            late = [c for c in places[half:] if likely(c)]
+            assert len(late) < max(1, 0.1 * len(places)), number
 
 
 # Training
@@ -674,6 +901,31 @@ def test_sweep_command_measures_the_chosen_shapes(monkeypatch, tmp_path, capsys)
     assert len(list(tmp_path.glob("sweep-*.png"))) == 3
     with pytest.raises(SystemExit, match="no such shapes"):
         command.main([*arguments, "--dtype", "bf16"])
+
+
+@pytest.mark.parametrize("chosen, triton", [(None, True), ("core", True), (None, False)])
+def test_a_sweep_on_a_gpu_compiles_first_and_ends_in_time(monkeypatch, tmp_path, chosen, triton):
+    told, now = [], [1000.0]
+    path = tmp_path / "sweep.csv"
+    monkeypatch.setattr(ahead, "compile_ahead", lambda *args: told.append(args))
+    monkeypatch.setattr(command, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(command, "make_bench", lambda device, seconds, floors: seconds)
+    monkeypatch.setattr(command, "plot_csv", lambda path: [])
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+
+    def run_sweep(cases, path, seconds, until):
+        assert told == [(cases, torch.device("cuda"))] * triton and seconds == 0.1
+        now[0] += 200
+        early = until()
+        now[0] += 100
+        assert (early, until()) == (False, chosen is None)
+        told.append(cases)
+        return True
+
+    monkeypatch.setattr(command, "run_sweep", run_sweep)
+    args = command.parser().parse_args(["sweep", *(["--set", chosen] if chosen else [])])
+    assert command.sweep(torch.device("cuda"), args, path)
+    assert told[-1] == SETS[chosen or "default"]()
 
 
 def test_options_count_before_the_command_and_after():

@@ -3,9 +3,10 @@
 from itertools import product
 
 import pytest
+import torch
 from compiling import TARGETS
 
-from trigru.plan import DeviceLimits, NoPlan, plan_launch
+from trigru.plan import DeviceLimits, NoPlan, pad_hidden, plan_launch
 
 SIZES = (
     1,
@@ -125,3 +126,16 @@ def test_description_names_what_matters():
     assert "groups of 64 programs" in text and "64 programs of 8 warps" in text
     assert "16 of 1024 hidden units" in text and "KiB" in text
     assert "one program per batch tile" in plan(TARGETS[90], H=64).describe(16)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("H_pad", [16, 32])
+def test_u_is_padded_and_starts_where_a_vector_can(H_pad, offset):
+    stored = torch.randn(offset + 2 * 48 * 16)
+    w_hh = stored[offset:].view(2, 48, 16)
+    padded = pad_hidden(w_hh, H_pad)
+    assert padded.shape == (2, 3, H_pad, H_pad) and padded.data_ptr() % 16 == 0
+    assert torch.equal(padded[..., :16, :16].reshape(w_hh.shape), w_hh)
+    assert padded.count_nonzero() == w_hh.count_nonzero()
+    copied = padded.data_ptr() != w_hh.data_ptr()
+    assert copied == (H_pad > 16 or offset == 1)

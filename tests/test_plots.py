@@ -5,6 +5,7 @@ What they say is tested in the numbers and words that are drawn, not in pixels."
 import csv
 import math
 import warnings
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from perf import accuracy, plot, plot_sweep, readme, sweep, train
 from perf import rows as rows_of
 from perf.measure import append_row, kernel_hash
 from perf.plot import plot_all, plot_csv, read_csv
-from perf.shapes import COARSE, Case, core, measured_by_all
+from perf.shapes import COARSE, MODES, Case
 
 CASE = Case("torch", "bf16", T=512, B=16, I=256, H=256)
 HERE = {
@@ -33,6 +34,7 @@ def row(case=CASE, provider="trigru", us=512.0, mode="forward", status="ok", **m
     measured = {"us_per_step": us and us / case.T, "max_rel_err": 1e-3, "status": status}
     peak = (3.0 if provider == "trigru" else 4.0) * 2**20
     others = {"mode": mode, "provider": provider, "floor_us": 50.0, "peak_bytes": peak}
+    others |= {"packed": int(case.packed), "host_us": us and 40.0}
     made = HERE | case._asdict() | others | times | measured | more
     assert set(made) == set(sweep.COLUMNS)
     return made
@@ -45,18 +47,21 @@ def two(us, them, case=CASE, mode="forward", **more):
 
 
 def like_a_gpu():
-    """The core set in bf16 and fp16 at coarse batch sizes, its steps in µs by a made-up rule:
-    TriGRU is slower at H = 64 alone. A few are wrong, failed, missing or timed with Python."""
+    """A grid of shapes at coarse batch sizes, their steps in µs by a made-up rule: TriGRU is slower
+    at H = 64 alone. A few are wrong, failed, missing or timed with Python."""
+    grid = [(512, H, 1, 1) for H in (64, 128, 256, 512, 768, 1024, 1536, 2048)]
+    grid += [(T, 512, 1, 1) for T in (16, 64, 2048)]
+    grid += [(512, 512, layers, directions) for layers, directions in ((2, 1), (4, 1), (1, 2))]
+    kinds = (("torch", "bf16"), ("torch", "fp16"), ("textbook", "bf16"))
     rows = []
-    for case in core():
-        if case.B not in COARSE or case.dtype == "fp32" or case[:2] == ("textbook", "fp16"):
-            continue
+    for (variant, dtype), (T, H, *depth), B in product(kinds, grid, COARSE):
+        case = Case(variant, dtype, T, B, H, H, *depth)
         step = 1 + case.H / 256
         yardstick = "cudnn" if case.variant == "torch" else "eager"
         providers = {yardstick: 0.1 + case.H / 64, "trigru": step}
-        if measured_by_all(case):
+        if (dtype, T, *depth) == ("bf16", 512, 1, 1) and (H, B) in ((256, 1), (1024, 64)):
             providers |= {"eager": 20 * step, "compiled": 10 * step}
-        for mode in ("forward", "training"):
+        for mode in MODES:
             for provider, us in providers.items():
                 us *= case.T * case.layers * case.directions * (1 if mode == "forward" else 3)
                 r = row(case, provider, us, mode)
@@ -86,7 +91,7 @@ def errors():
                         error = {64: 1e-3, 512: 4e-3, 2048: math.inf}[T]
                     case = {"variant": "torch", "dtype": "bf16", "T": T, "B": 16, "I": H, "H": H}
                     more = {"provider": provider, "result": result, "rel_err": error}
-                    yield HERE | case | more | {"allowed": 3e-3}
+                    yield HERE | case | more | {"allowed": 3e-3, "status": "ok"}
 
 
 def write(path, rows, columns=sweep.COLUMNS):
@@ -256,6 +261,21 @@ def test_what_the_pictures_say(said, tmp_path):
     assert f"{cudnn} (bf16, fp16; B = 256; H = 1536; 4 in all)" in heatmap.note
 
 
+def test_over_T_is_drawn_what_has_several(said, tmp_path):
+    """Of the H with the most lengths those batches that have many of them."""
+    many = [row(CASE._replace(T=T, B=B)) for T in (16, 64, 512) for B in (1, 16)]
+    alone = [row(CASE._replace(T=24, B=4096)), row(CASE._replace(T=9, packed=True))]
+    many += [row(CASE._replace(T=2048, B=16)), *(row(CASE._replace(T=T, B=8)) for T in (7, 64))]
+    few = [row(CASE._replace(H=2048, T=T)) for T in (16, 512)]
+    plot_sweep.plot_sweep([*few, *many, *alone], tmp_path, "s")
+    scaling = said["s-scaling-torch"]
+    assert scaling.titles == ["bf16, forward, H = 256: over T"]
+    assert [t.get_text() for t in scaling.axes[0].get_xticklabels()] == ["16", "64", "512", "2048"]
+    said.clear()
+    plot_sweep.plot_sweep(alone, tmp_path, "s")
+    assert "s-scaling-torch" not in said
+
+
 def test_remarks_are_told_apart():
     rows = [
         row(),
@@ -290,13 +310,16 @@ def test_devices_have_pictures_of_their_own(said, tmp_path):
 
 
 def test_what_the_picture_of_an_accuracy_measurement_says(said, tmp_path):
-    plot_sweep.plot_accuracy(list(errors()), tmp_path, "a")
+    refused = "ok: without cuDNN: RuntimeError: no"
+    rows = [r | {"status": refused} if r["provider"] == "cudnn" else r for r in errors()]
+    plot_sweep.plot_accuracy(rows, tmp_path, "a")
     picture = said["a-torch"]
     assert picture.titles == ["bf16: 2 of 18 results over what is allowed"]
     assert [t.get_text() for t in picture.axes[0].get_xticklabels()] == ["y", "dx", "dW_ih"]
     assert picture.note.splitlines()[1:] == [
         "Over: bf16 dx, T = 512, B = 16, H = 256: 4.0e-03, allowed 3.0e-03",
         "Over: bf16 dx, T = 2048, B = 16, H = 256: inf, allowed 3.0e-03",
+        f"nn.GRU (cuDNN): {refused}",
     ]
     # From left to right: by T, then by H.
     xs = next(line for line in picture.axes[0].lines if line.get_label() == "TriGRU").get_xdata()
@@ -346,11 +369,14 @@ def test_plain_is_one_layer_at_the_commonest_length():
     rows = [row(case) for case in [*cases, CASE._replace(T=64, directions=2)]]
     assert rows_of.plain(rows) == rows[:2]
     assert rows_of.plain(rows[1:]) == rows[1:2]  # as common, but longer
+    packed = [row(CASE._replace(T=64, B=B, packed=True)) for B in range(9)]
+    assert rows_of.plain(rows + packed) == rows[:2]
 
 
 def test_times_relative_to_one_layer():
     deep, both = CASE._replace(layers=4), CASE._replace(directions=2)
     rows = [*two(10, 20), *two(50, 60, deep), *two(15, None, both), row(deep._replace(B=1), us=9.0)]
+    rows += two(1, 1, deep._replace(packed=True))
     found = rows_of.relative_times(rows)
     assert found == {(1, 2): {"trigru": [1.5]}, (4, 1): {"trigru": [5.0], "cudnn": [3.0]}}
     assert list(found) == [(1, 2), (4, 1)]

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -115,16 +121,30 @@ def train_taggers(folder):
         norms = train_tagger(DistributedDataParallel(model), rank, processes)
         leave(folder / f"ddp-{variant}-{rank}.pt", model, norms)
 
-        model = make_tagger(variant)
-        for module in (model.gru, model.top, model):
-            fully_shard(module, mesh=mesh)
+        model = shard(make_tagger(variant), mesh)
         norms = train_tagger(model, rank, processes)
         leave(folder / f"fsdp-{variant}-{rank}.pt", model, norms)
         dcp.save({"model": model.state_dict()}, checkpoint_id=folder / f"sharded-{variant}")
+
+        # The first process alone holds the whole checkpoint, and the model is nowhere yet.
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole)
+        with torch.device("meta"):
+            model = make_tagger(variant)
+        shard(model, mesh)
+        whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights, options=whole)
+        leave(folder / f"broadcast-{variant}-{rank}.pt", model, norms)
     dist.destroy_process_group()
     # At the interpreter's regular end, a thread of gloo's that is still freeing the tensor of the
     # last collective aborts the process: seen in one run of twenty.
     os._exit(0)
+
+
+def shard(model, mesh):
+    for module in (model.gru, model.top, model):
+        fully_shard(module, mesh=mesh)
+    return model
 
 
 def leave(path, model, norms):
@@ -163,6 +183,15 @@ def test_one_process_loads_what_two_saved(two_processes, variant):
     model.load_state_dict(state["model"])
     left = torch.load(two_processes / f"fsdp-{variant}-0.pt")
     assert_close(dict(model.state_dict()), left["weights"], **EXACT)
+
+
+@VARIANT
+def test_a_model_on_meta_gets_what_the_first_process_has(two_processes, variant):
+    for rank in (0, 1):
+        kinds = "fsdp", "broadcast"
+        left = [torch.load(two_processes / f"{kind}-{variant}-{rank}.pt") for kind in kinds]
+        assert_close(*(each["weights"] for each in left), **EXACT)
+        assert left[0]["rows"] == left[1]["rows"]
 
 
 def test_perf_train_in_two_processes(tmp_path):

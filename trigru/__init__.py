@@ -2,8 +2,11 @@
 
 from . import convert
 from .launch import ExchangeTimeout, raise_if_failed
-from .layer import TriGRU, replace_gru
+from .layer import TriGRU
 from .ops import gru
+from .swap import replace_gru, restore_gru
 
 __version__ = "0.1.0"
-__all__ = ["ExchangeTimeout", "TriGRU", "convert", "gru", "raise_if_failed", "replace_gru"]
+__all__ = [
+    "ExchangeTimeout", "TriGRU", "convert", "gru", "raise_if_failed", "replace_gru", "restore_gru",
+]  # fmt: skip

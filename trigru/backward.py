@@ -41,7 +41,11 @@ def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b,
     return dy_t, r, z, n, gh_n, h
 
 
-@triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
+@triton.jit(
+    do_not_specialize=["T", "B", "wait_limit", "first_direction"],
+    # Read once a launch, and often from a view: any offset is the same kernel.
+    do_not_specialize_on_alignment=["dh_n_ptr", "h0_ptr", "offsets_ptr"],
+)
 def _gru_backward_kernel(
     dy_ptr,  # [N, D, H]
     dh_n_ptr,  # [D, B, H]

@@ -115,9 +115,6 @@ def _spin_asm(vectors, bits):
     lines += [f".reg .pred p{v};" for v in range(vectors)]
     for v in range(vectors):
         lines += [f"mov.b32 {out(v, w)}, {peeked(v, w)};" for w in range(4)]
-        # The layout must give a thread whole vectors; anything else would be silently wrong.
-        lines += [f"sub.s64 d, {address(v, per_vector - 1)}, {address(v, 0)};"]
-        lines += [f"setp.ne.s64 any, d, {16 - bits // 8};", "@any trap;"]
     lines += ["TRY:"]
     for v in range(vectors):
         if bits == 16:

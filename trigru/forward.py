@@ -24,7 +24,11 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "wait_limit", "first_direction"])
+@triton.jit(
+    do_not_specialize=["T", "B", "wait_limit", "first_direction"],
+    # Read once a launch, and often from a view: any offset is the same kernel.
+    do_not_specialize_on_alignment=["b_hh_ptr", "h0_ptr", "offsets_ptr"],
+)
 def _gru_forward_kernel(
     gx_ptr,  # [N, D, 3, H]     input projection of the gates r, z, n
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]

@@ -1,5 +1,7 @@
 """Launching a persistent kernel, and turning a wait that ran out into an exception."""
 
+import functools
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +16,7 @@ WAIT_SECONDS = 5.0  # over 2³¹ ns, so that the bound is an int64 for every T
 WAIT_SECONDS_PER_STEP = 1e-3
 
 _error_flags: dict[torch.device, Tensor] = {}
+_error_flags_lock = threading.Lock()  # two threads must not each make one
 
 
 class ExchangeTimeout(RuntimeError):
@@ -26,27 +29,49 @@ def wait_limit(steps: int) -> int:
 
 
 def error_flag(device: torch.device) -> Tensor:
-    """The int32 that a failed wait sets. It is host memory that the device can write, so that the
-    host can look at it at any time without waiting for the device."""
-    if device not in _error_flags:
-        flag = torch.zeros(1, dtype=torch.int32)
-        _error_flags[device] = flag.pin_memory() if device.type == "cuda" else flag
-    return _error_flags[device]
+    """The int32 that a failed wait on this device, an index included, sets. It is host memory that
+    the device can write, so that the host can look at it at any time without waiting for it."""
+    with _error_flags_lock:
+        if device not in _error_flags:
+            flag = torch.zeros(1, dtype=torch.int32)
+            _error_flags[device] = flag.pin_memory() if device.type == "cuda" else flag
+        return _error_flags[device]
 
 
-def raise_if_failed(device: torch.device) -> None:
-    """Raise `ExchangeTimeout` if a launch on this device, as in `tensor.device`, gave up waiting.
+def raise_if_failed(device: torch.device | str | int) -> None:
+    """Raise `ExchangeTimeout` if a launch on this device gave up waiting.
+
+    device: anything that `torch.device` takes, with the current device where it names none.
 
     Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
     follows it, or by this function after a `torch.cuda.synchronize()`."""
-    flag = error_flag(device)
-    if flag.item():
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    flag = _error_flags.get(device)
+    if flag is not None and flag.item():
         flag.zero_()
         raise ExchangeTimeout(
             f"a TriGRU launch on {device} gave up waiting for data from one of its own programs; "
             "its results are NaN from there on. The programs of a launch must all run at the same "
             "time: is another process holding the device, or a debugger stopping it?"
         )
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 products of recurrent layers are of TF32 there, by PyTorch's own switch."""
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return device.type == "cuda" and precision == "tf32"
+
+
+@functools.cache
+def compile_options() -> dict[str, Any]:
+    """Triton's options for every kernel: one stage, and FMAs, which Triton 3.10 leaves out unless
+    it is asked for them."""
+    from triton.backends.nvidia.compiler import CUDAOptions  # Triton is not on every machine
+
+    options = {"num_stages": 1, "enable_fp_fusion": True}
+    return {name: value for name, value in options.items() if hasattr(CUDAOptions, name)}
 
 
 def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
@@ -84,9 +109,7 @@ def launch(
     T = shape[0] if offsets is None else len(offsets) - 1
     device, dtype = arguments[0].device, arguments[0].dtype
     raise_if_failed(device)
-    # PyTorch's own switch for recurrent layers on CUDA.
-    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    tf32 = device.type == "cuda" and dtype == torch.float32 and precision == "tf32"
+    tf32 = dtype == torch.float32 and uses_tf32(device)
     groups, tiles_at_once, _ = plan.grid(B)
     steps = T * -(-B // (plan.BLOCK_B * tiles_at_once))  # that one program walks
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -101,8 +124,8 @@ def launch(
                 wait_limit(steps),
                 first_direction,
                 **compile_time(plan, tf32, PACKED=offsets is not None, **switches),
+                **compile_options(),
                 num_warps=plan.num_warps,
-                num_stages=1,
                 # A solo grid may be larger than the device; a group that is must fail, not hang.
                 launch_cooperative_grid=not plan.solo,
             )

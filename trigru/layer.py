@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
@@ -87,6 +88,16 @@ class TriGRU(nn.RNNBase):
             self._flat_weights_names = [n for names in self._all_weights for n in names]
             self._init_flat_weights()
 
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The weights of now, as torch.gru takes them. nn.RNNBase keeps a list, and finds by weak
+        references whether it is still right: compiled, it fails where one has died meanwhile."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        """nn.RNNBase's list is not kept."""
+
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels take each weight where it is, cuDNN's layout is not needed."""
 
@@ -98,6 +109,8 @@ class TriGRU(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """See the class."""
+        if isinstance(input, fx.Proxy) or isinstance(hx, fx.Proxy):
+            return self._call_in_graph(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -118,6 +131,22 @@ class TriGRU(nn.RNNBase):
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
         return output, h_n
 
+    def _call_in_graph(self, input: Any, hx: Any) -> Any:
+        """A call of this layer in the graph that torch.fx is tracing, as there is for an nn.GRU:
+        a leaf, which is not traced itself."""
+        tracer = (input if isinstance(input, fx.Proxy) else hx).tracer
+        path = tracer.path_of_module(self) if isinstance(tracer, fx.Tracer) else ""
+        if not path:
+            raise fx.proxy.TraceError("torch.fx traces models with a TriGRU inside, not one itself")
+        # Hooks and a subclass have run on what stands for tensors by now; the graph runs them, too.
+        own = self._forward_hooks or self._forward_pre_hooks or self._is_full_backward_hook is False
+        if own or "forward" in vars(self) or type(self).forward is not TriGRU.forward:
+            raise fx.proxy.TraceError(
+                f"torch.fx would run the hooks of the TriGRU {path!r} twice, pruning included, or "
+                "its own forward; trace with an is_leaf_module that is true for TriGRU"
+            )
+        return tracer.create_proxy("call_module", path, (input,) if hx is None else (input, hx), {})
+
     def _forward_packed(
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
@@ -137,7 +166,6 @@ class TriGRU(nn.RNNBase):
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> Tensor:
         """Refuse what nn.GRU itself refuses; returns hx, zeros if None."""
-        self._update_flat_weights()  # what functional_call has put in place
         if hx is None:
             shape: Any = self.get_expected_hidden_size(input, batch_sizes)
             if batch_sizes is not None and torch.jit.is_tracing() and not onnx.exporting():
@@ -265,23 +293,48 @@ class TriGRU(nn.RNNBase):
         self, state_dict: Any, prefix: str, local_metadata: dict, strict: bool, missing_keys: list,
         unexpected_keys: list, error_msgs: list,
     ) -> None:  # fmt: skip
-        # Metadata without a variant is that of an nn.GRU; without metadata, the names must do.
-        variant = local_metadata.get("variant", "torch") if local_metadata else self.variant
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        variant = self._variant_of(state_dict, prefix, local_metadata)
         if variant != self.variant:
             error_msgs.append(
                 f"the checkpoint of {prefix[:-1] or 'this layer'!r} is of variant {variant!r}, the "
                 f"layer of variant {self.variant!r}: the same weights mean another function"
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+
+    def _variant_of(self, state_dict: Any, prefix: str, local_metadata: dict) -> str:
+        """The variant of a checkpoint, this layer's where nothing speaks against it. Only the torch
+        form has `bias_hh_*`. Metadata may be another module's once keys are renamed, and nn.GRU's
+        own says nothing of a variant."""
+        if any(key.startswith(f"{prefix}bias_hh_") for key in state_dict):
+            return "torch"
+        if not any(key.startswith(prefix) for key in state_dict):
+            return self.variant
+        if "variant" in local_metadata:
+            return local_metadata["variant"]
+        if self.variant == "textbook" and not self.bias and "version" in local_metadata:
+            warnings.warn(
+                f"the checkpoint of {prefix[:-1] or 'this layer'!r} does not say its variant; if "
+                "it is nn.GRU's, its weights mean another function in the textbook variant",
+                stacklevel=2,
+            )
+        return self.variant
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # Of `compile()`, it is bound to this layer: like any module's, a copy is not compiled.
+        state.pop("_compiled_call_impl", None)
+        return state
 
     @classmethod
     def from_torch(cls, gru: nn.GRU) -> "TriGRU":
         """A TriGRU that computes what `gru` computes and shares its parameters.
 
-        Its hooks come along, pruning included. Raises TypeError if `gru` is no nn.GRU, or of a
-        subclass, as with a parametrisation: what that changes is not known."""
+        Its hooks come along, pruning included. What else was set on the instance stays behind: a
+        compiled form (`gru.compile()`), attributes of one's own, and, with a UserWarning, a
+        `forward` of its own. Raises TypeError if `gru` is no nn.GRU, or of a subclass, as with a
+        parametrisation: what that changes is not known."""
         if type(gru) is not nn.GRU:
             raise TypeError(f"expected an nn.GRU itself, got {type(gru).__name__}")
         layer = _same_state(gru, cls)
@@ -291,24 +344,33 @@ class TriGRU(nn.RNNBase):
     def to_torch(self) -> nn.GRU:
         """An nn.GRU that computes what this layer computes and shares its parameters and hooks.
 
-        Raises ValueError for the textbook variant, which nn.GRU cannot compute; TypeError for a
-        subclass, as with a parametrisation."""
+        What stays behind is as in `from_torch`. Raises ValueError for the textbook variant, which
+        nn.GRU cannot compute; TypeError for a subclass, as with a parametrisation."""
         if type(self) is not TriGRU:
             raise TypeError(f"expected a TriGRU itself, got {type(self).__name__}")
         if self.variant != "torch":
             raise ValueError(f"nn.GRU cannot compute the {self.variant} variant")
-        layer = _same_state(self, nn.GRU)
-        del layer.variant
-        return layer
+        return _same_state(self, nn.GRU)
 
 
-def _same_state(source: Any, target: Any) -> Any:
-    """A `target` with all that `source` is: its attributes, parameters and hooks among them."""
+def _same_state(source: nn.RNNBase, target: Any) -> Any:
+    """A `target` with `source`'s parameters, buffers, hooks and settings: all that an nn.GRU has
+    once it is made, and what pruning and the like leave under a parameter's own name. Whatever
+    else is set on an instance may be bound to it, and would go on running it."""
+    if "forward" in vars(source):
+        warnings.warn(
+            f"the forward that was set on this {type(source).__name__} itself stays behind: "
+            f"the new {target.__name__} runs that of its class",
+            stacklevel=3,
+        )
+    own = {*vars(nn.GRU(1, 1, device="meta")), *source._flat_weights_names} - {"_flat_weights"}
     layer = target.__new__(target)
     layer.__dict__ = {
-        name: value.copy() if isinstance(value, dict | list) else value
+        name: value.copy() if isinstance(value, dict | list | set) else value
         for name, value in vars(source).items()
+        if name in own
     }
+    layer._flat_weights = source._flat_weights  # which TriGRU makes anew
     for key, hook in layer._load_state_dict_pre_hooks.items():
         if hook.with_module:  # these alone know whose they are
             hook = copy.copy(hook)
@@ -340,23 +402,3 @@ def _without_cudnn() -> Iterator[None]:
             _cudnn_users -= 1
             if _cudnn_users == 0:
                 torch._C._set_cudnn_enabled(_cudnn_before)
-
-
-def replace_gru(model: nn.Module) -> int:
-    """Put a TriGRU with the same parameters where `model` holds an nn.GRU, however deep.
-
-    Optimisers that hold the parameters go on working. A layer that is used in several places is
-    replaced by one TriGRU in all of them. Subclasses of nn.GRU are left alone, for what they change
-    is not known, and so are parametrised ones. Hooks come along, pruning included, but a handle to
-    a hook removes it from the nn.GRU only.
-
-    Returns how many layers were replaced. Raises ValueError if `model` itself is an nn.GRU, which
-    nothing holds: use `TriGRU.from_torch` for it."""
-    if type(model) is nn.GRU:
-        raise ValueError("the model itself is an nn.GRU: use TriGRU.from_torch(model)")
-    replaced = {m: TriGRU.from_torch(m) for m in model.modules() if type(m) is nn.GRU}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replaced:
-                setattr(parent, name, replaced[child])
-    return len(replaced)

@@ -175,7 +175,10 @@ def _clocks_per_step(
 
 
 def pad_hidden(w_hh: Tensor, H_pad: int) -> Tensor:
-    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad), zeros in the padding; no copy if there is none."""
+    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad), zeros in the padding; no copy if there is none, and
+    it begins where a vector can."""
     D, _, H = w_hh.shape
     w = w_hh.view(D, 3, H, H)
-    return w if H == H_pad else F.pad(w, (0, H_pad - H, 0, H_pad - H))
+    if H == H_pad and w.data_ptr() % VECTOR_BYTES == 0:
+        return w
+    return F.pad(w, (0, H_pad - H, 0, H_pad - H))
