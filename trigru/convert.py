@@ -244,8 +244,8 @@ def from_nnx(params: Mapping[str, Any], *, batch_first: bool = False) -> TriGRU:
         z = σ(W_iz x + b_iz + W_hz h)       h' = (1 − z) * n + z * h
 
     Args:
-        params: `nnx.to_pure_dict(nnx.state(cell, nnx.Param))`: of dense_i a kernel (I, 3H) and a
-            bias (3H,), of dense_h a kernel (H, 3H).
+        params: `nnx.state(cell, nnx.Param)`, or `nnx.to_pure_dict` of it: of dense_i a kernel
+            (I, 3H) and a bias (3H,), of dense_h a kernel (H, 3H).
         batch_first: the TriGRU's.
 
     Raises ValueError on other names or a wrong shape, TypeError on a wrong dtype."""
