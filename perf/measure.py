@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import trigru
+from trigru.launch import uses_tf32
 
 Call = Callable[[], Any]
 Clock = Callable[[Sequence[Call]], list[float]]  # runs the calls in order → microseconds of each
@@ -158,12 +159,6 @@ def garbage_by_hand() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def uses_tf32(device: torch.device) -> bool:
-    """Whether PyTorch computes the float32 products of recurrent layers in TF32 on this device."""
-    rnn: Any = torch.backends.cudnn.rnn
-    return device.type == "cuda" and rnn.fp32_precision == "tf32"
 
 
 def dtype_name(dtype: str, device: torch.device) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from trigru.accuracy import relative_error, violations
+from trigru.accuracy import is_refusal, relative_error, violations
 
 from .measure import Call, reason
 from .providers import DTYPES, Provider, Weights, build_eager, build_torch, without_cudnn
@@ -94,13 +94,12 @@ def first_call(
     provider: Provider, problem: Problem, mode: str
 ) -> tuple[Call, Sequence[Tensor], str]:
     """What is timed, its results, and a remark if cuDNN refuses the case: then it is off whenever
-    this is called. cuDNN has kernels that take some sizes and dtypes only, and nn.GRU asks for them
-    without a second choice. That memory runs out says nothing of the kind."""
+    this is called."""
     call = make_call(provider, problem, mode)
     try:
         return call, call(), ""
     except RuntimeError as error:
-        if not provider.cudnn or isinstance(error, torch.OutOfMemoryError) or "ALLOC" in str(error):
+        if not provider.cudnn or not is_refusal(error):
             raise
         remark = f"without cuDNN: {reason(error)}"
     call = make_call(without_cudnn(provider), problem, mode)

@@ -10,9 +10,8 @@ import torch.backends.cudnn.rnn
 from torch import Tensor, nn
 
 import trigru
-from trigru.layer import _without_cudnn
+from trigru.launch import uses_tf32
 
-from .measure import uses_tf32
 from .shapes import Case, asks_cudnn, joined_by_peers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,7 +87,7 @@ def without_cudnn(provider: Provider) -> Provider:
     """The same while cuDNN is off: ATen's own GRU, whose backward pass then is ATen's, too."""
 
     def layer(x: Any, h0: Tensor) -> tuple[Any, Tensor]:
-        with _without_cudnn():
+        with trigru.ops.without_cudnn():
             return provider.layer(x, h0)
 
     return provider._replace(layer=layer, cudnn=False)

@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import trange
 
 from trigru import TriGRU
+from trigru.accuracy import TF32_ROUNDING
+from trigru.launch import uses_tf32
 
-from .measure import FACTS, append_row, facts, now, percentiles, uses_tf32
+from .measure import FACTS, append_row, facts, now, percentiles
 from .providers import DTYPES, flatten
 
 COLUMNS = (
@@ -151,7 +153,8 @@ def make_layers(H: int, rounding: float) -> dict[str, nn.Module]:
 
 def rounding_of(dtype: torch.dtype, device: torch.device) -> float:
     """The relative rounding error of the products in this dtype: TF32's for float32 on a GPU."""
-    return 2.0**-10 if dtype == torch.float32 and uses_tf32(device) else torch.finfo(dtype).eps
+    tf32 = dtype == torch.float32 and uses_tf32(device)
+    return TF32_ROUNDING if tf32 else torch.finfo(dtype).eps
 
 
 def standard_library() -> bytes:

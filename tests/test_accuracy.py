@@ -60,8 +60,13 @@ def test_what_cudnn_refuses_is_computed_without_it():
 
 @pytest.mark.parametrize(
     ("error", "device"),
-    [(torch.OutOfMemoryError("full"), CUDA), (REFUSAL, torch.device("cpu")), (KeyError(1), CUDA)],
-    ids=["memory", "cpu", "another error"],
+    [
+        (torch.OutOfMemoryError("full"), CUDA),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), CUDA),
+        (REFUSAL, torch.device("cpu")),
+        (KeyError(1), CUDA),
+    ],
+    ids=["memory", "cuDNN's memory", "cpu", "another error"],
 )
 def test_no_other_error_is_taken_for_a_refusal(error, device):
     with pytest.raises(type(error)):

@@ -16,7 +16,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.testing import assert_close
 
 from trigru import TriGRU, ops, reference
-from trigru.layer import _without_cudnn
+from trigru.ops import without_cudnn
 
 F64 = torch.float64
 IN, H, T, B = 5, 6, 4, 3
@@ -574,7 +574,7 @@ def test_results_can_be_changed_in_place(form):
 
 def test_cudnn_is_back_when_the_last_call_is_done():
     enabled = torch.backends.cudnn.enabled
-    first, second = _without_cudnn(), _without_cudnn()
+    first, second = without_cudnn(), without_cudnn()
     for step in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
         step()
         assert not torch.backends.cudnn.enabled

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference
 from .launch import uses_tf32
-from .layer import _without_cudnn
+from .ops import without_cudnn
 
 FACTOR = 2.0
 FLOOR = {torch.float32: 4.0}  # in roundings of the dtype; 1 in others
@@ -180,10 +180,15 @@ def unless_cudnn_refuses(call: Callable, device: torch.device) -> tuple[Any, str
     with cuDNN off, and what cuDNN said."""
     try:
         return call(), ""
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if device.type != "cuda":
+        if device.type != "cuda" or not is_refusal(error):
             raise
-        with _without_cudnn():
+        with without_cudnn():
             return call(), str(error).partition("\n")[0]
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch's GRU can be cuDNN's for want of a kernel. cuDNN has some for
+    some sizes and dtypes only, and nn.GRU asks for them without a second choice. That memory runs
+    out says nothing of the kind."""
+    return not isinstance(error, torch.OutOfMemoryError) and "ALLOC" not in str(error)

@@ -1,11 +1,9 @@
 """`TriGRU`, the layer that stands where `torch.nn.GRU` stands."""
 
 import copy
-import threading
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -226,7 +224,7 @@ class TriGRU(nn.RNNBase):
             if not per_sample:
                 ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
             how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
-            with _without_cudnn() if input.is_cuda else nullcontext():
+            with ops.without_cudnn() if input.is_cuda else nullcontext():
                 if batch_sizes is None:
                     return torch.gru(input, hx, weights, *how, self.batch_first)
                 return torch.gru(input, batch_sizes, hx, weights, *how)
@@ -377,28 +375,3 @@ def _same_state(source: nn.RNNBase, target: Any) -> Any:
             hook.module = weakref.ref(layer)
             layer._load_state_dict_pre_hooks[key] = hook
     return layer
-
-
-_cudnn_lock = threading.Lock()
-_cudnn_users = 0  # calls that have switched it off, in whatever threads
-_cudnn_before = True
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """cuDNN's GRU has no gradients in eval mode and no second ones, and re-packs the weights with a
-    warning; ATen's own does right in all of that. The switch is the whole process's: meanwhile
-    other threads do without cuDNN, too. (The public `cudnn.flags` resets other flags.)"""
-    global _cudnn_users, _cudnn_before
-    with _cudnn_lock:
-        if _cudnn_users == 0:
-            _cudnn_before = torch._C._get_cudnn_enabled()
-            torch._C._set_cudnn_enabled(False)
-        _cudnn_users += 1
-    try:
-        yield
-    finally:
-        with _cudnn_lock:
-            _cudnn_users -= 1
-            if _cudnn_users == 0:
-                torch._C._set_cudnn_enabled(_cudnn_before)

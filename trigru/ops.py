@@ -8,7 +8,10 @@ is parallel over time, here the weight gradients, is done around them by torch's
 import functools
 import importlib.util
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,6 +201,31 @@ def warn_of_fallback(device: torch.device, dtype: torch.dtype, H: int, textbook:
 
 
 _warned: set[str | None] = set()
+
+
+_cudnn_lock = threading.Lock()
+_cudnn_users = 0  # calls that have switched it off, in whatever threads
+_cudnn_before = True
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """cuDNN's GRU has no gradients in eval mode and no second ones, and re-packs the weights with a
+    warning; ATen's own does right in all of that. The switch is the whole process's: meanwhile
+    other threads do without cuDNN, too. (The public `cudnn.flags` resets other flags.)"""
+    global _cudnn_users, _cudnn_before
+    with _cudnn_lock:
+        if _cudnn_users == 0:
+            _cudnn_before = torch._C._get_cudnn_enabled()
+            torch._C._set_cudnn_enabled(False)
+        _cudnn_users += 1
+    try:
+        yield
+    finally:
+        with _cudnn_lock:
+            _cudnn_users -= 1
+            if _cudnn_users == 0:
+                torch._C._set_cudnn_enabled(_cudnn_before)
 
 
 @functools.lru_cache(maxsize=4096)
