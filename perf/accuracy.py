@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from trigru.accuracy import allowed_error, products_as_in_rnns, relative_error
 from trigru.launch import raise_if_failed
 
 from .measure import FACTS, append_row, dtype_name, facts, now, reason
 from .problem import Results, exact_results, first_call, make_problem
+from .progress import tqdm
 from .providers import Build, builders
 from .shapes import Case
 

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from tqdm import tqdm
 from triton.language.extra.cuda import globaltimer
 
 from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
@@ -29,6 +28,7 @@ from .measure import (
     now,
     percentiles,
 )
+from .progress import tqdm
 from .providers import DTYPES
 from .shapes import Case
 

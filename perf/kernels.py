@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from trigru.accuracy import products_as_in_rnns
 
 from .measure import FACTS, append_row, dtype_name, facts, now
 from .problem import first_call, make_problem
+from .progress import tqdm
 from .providers import NoKernel, builders
 from .shapes import MODES, Case
 

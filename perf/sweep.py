@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trigru.accuracy import products_as_in_rnns
 from trigru.launch import raise_if_failed
@@ -33,6 +32,7 @@ from .measure import (
     reason,
 )
 from .problem import Problem, Results, exact_results, first_call, judge, make_problem
+from .progress import tqdm
 from .providers import Build, NoKernel, builders
 from .shapes import MODES, Case
 

@@ -16,13 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import trange
 
 from trigru import TriGRU
 from trigru.accuracy import TF32_ROUNDING
 from trigru.launch import uses_tf32
 
 from .measure import FACTS, append_row, facts, now, percentiles
+from .progress import tqdm
 from .providers import DTYPES, flatten
 
 COLUMNS = (
@@ -229,7 +229,7 @@ def run_training(
     if processes > 1:
         known["device"] += f", {processes} processes"
     rows: list[Row] = []
-    bar = trange(steps, unit="step", desc="train", disable=not first)
+    bar = tqdm(range(steps), unit="step", desc="train", disable=not first)
     for step in bar:
         at = step % per_epoch * T
         losses = {}
