@@ -4,11 +4,13 @@ The launchers are the library's own; only the kernels are replaced, by ones that
 of the launch in a process of its own, and the bound on waits, which counts polls here.
 """
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import Concurrently
 from numerics import assert_within_rule
+from triton.runtime.errors import InterpreterError
 
 from trigru import backward, derivatives, forward, launch, reference
 from trigru.accuracy import RESULTS, problem, yardsticks
@@ -61,6 +63,31 @@ def run_kernels(
     )
     names = RESULTS[:-1] if inputs["b_hh"] is None else RESULTS
     return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
+
+
+@triton.jit
+def _count_kernel(count_ptr, T):
+    count = 0
+    for _ in range(T):
+        count += 1
+    tl.store(count_ptr, count)
+
+
+def broken_interpreter() -> str:
+    """Why Triton cannot interpret a loop over an argument with this NumPy, or "" if it can, as
+    with all that pyproject.toml allows: there it must."""
+    count = torch.zeros(1, dtype=torch.int32)
+    try:
+        _count_kernel[(1,)](count, 3)
+    except InterpreterError as error:
+        if np.lib.NumpyVersion(np.__version__) < "2.4.0":
+            raise
+        return (
+            f"Triton {triton.__version__}'s interpreter does not run with NumPy {np.__version__}: "
+            f"{error}"
+        )
+    assert count.item() == 3
+    return ""
 
 
 def warm_up() -> None:

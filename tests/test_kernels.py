@@ -3,6 +3,7 @@
 import interpreted as cases
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
 
 VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -125,3 +126,20 @@ def test_missing_program_is_reported(interpreted, textbook):
     interpreted(
         cases.missing_program_is_reported, cases.make_plan(48, BLOCK_K=16), textbook=textbook
     )
+
+
+@pytest.mark.parametrize("numpy, excused", [("2.3.5", False), ("2.4.0", True), ("2.10.1", True)])
+def test_an_interpreter_that_is_broken_is_excused_by_numpy_alone(monkeypatch, numpy, excused):
+    """A skip must not hide that the kernels are not interpreted where they should be."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise InterpreterError("only 0-dimensional arrays")
+
+    monkeypatch.setattr(cases, "_count_kernel", Broken())
+    monkeypatch.setattr(cases.np, "__version__", numpy)
+    if excused:
+        assert f"does not run with NumPy {numpy}" in cases.broken_interpreter()
+    else:
+        with pytest.raises(InterpreterError):
+            cases.broken_interpreter()
