@@ -5,12 +5,13 @@ Exit code 0 only if the self-test passed."""
 import itertools
 import platform
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
 from . import __version__, accuracy, launch, ops
-from .plan import NoPlan, device_limits
+from .plan import device_limits
 
 SHAPES = ((64, 16), (128, 256), (256, 32), (512, 1), (1024, 64), (2048, 16), (4096, 16))  # H, B
 # T, B, D, H of the self-test: one program alone, a group, and both directions with padding.
@@ -50,30 +51,38 @@ def describe_paths(device: torch.device) -> None:
     for textbook, dtype in itertools.product((False, True), (torch.bfloat16, torch.float32)):
         print(f"  variant {'textbook' if textbook else 'torch'}, {dtype}")
         for H, B in SHAPES:
+            if reason := ops.why_no_kernel(device, dtype, H, textbook):
+                other = "the reference" if textbook else "ATen's GRU, without cuDNN"
+                print(f"    H={H} B={B}: {other}: {reason}")
+                continue
             for pass_ in ("forward", "backward"):
-                try:
-                    text = ops.plan_for(
-                        device, B, H, 1, dtype, pass_ == "backward", textbook
-                    ).describe(B)
-                except NoPlan as reason:
-                    other = "the reference" if textbook else "cuDNN, as nn.GRU"
-                    text = f"{other}: {reason}"
-                print(f"    H={H} B={B} {pass_}: {text}")
+                plan = ops.plan_for(device, B, H, 1, dtype, pass_ == "backward", textbook)
+                print(f"    H={H} B={B} {pass_}: {plan.describe(B)}")
+
+
+def problems(device: torch.device) -> list[tuple[bool, torch.dtype, tuple[int, int, int, int]]]:
+    """Those of the self-test: whether textbook, the dtype, the shape."""
+    dtypes = [torch.float32]
+    if device.type == "cuda":
+        dtypes += [torch.bfloat16, torch.float16]
+    return list(itertools.product((False, True), dtypes, PROBLEMS))
+
+
+def computed(inputs: Mapping, cotangents: Mapping, textbook: bool) -> dict[str, torch.Tensor]:
+    """What TriGRU makes of a problem."""
+    run = partial(ops.recurrence, textbook=textbook)
+    return accuracy.differentiate(run, inputs, cotangents)
 
 
 def self_test(device: torch.device) -> bool:
     """Both variants, forward and backward, in every dtype against float64; True if all is right."""
-    dtypes = [torch.float32]
-    if device.type == "cuda":
-        dtypes += [torch.bfloat16, torch.float16]
     passed = True
-    for textbook, dtype, (T, B, D, H) in itertools.product((False, True), dtypes, PROBLEMS):
+    for textbook, dtype, (T, B, D, H) in problems(device):
         torch.manual_seed(0)
         inputs, cotangents = accuracy.problem(
             T, B, D, H, textbook=textbook, dtype=dtype, device=device
         )
-        run = partial(ops.recurrence, textbook=textbook)
-        actual = accuracy.differentiate(run, inputs, cotangents)
+        actual = computed(inputs, cotangents, textbook)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             launch.raise_if_failed(device)
