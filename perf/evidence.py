@@ -18,6 +18,9 @@ from threading import Thread, Timer
 
 import torch
 
+from trigru import launch
+from trigru.__main__ import main as trigru_main
+
 from .accuracy import run_accuracy
 from .kernels import run_kernels
 from .measure import facts
@@ -25,10 +28,14 @@ from .readme import summary_of
 from .shapes import SETS, long_and_short, profiled
 from .sweep import make_bench, not_measured, run_sweep
 
-PARTS = ("compile", "tests", "floors", "sweep", "kernels", "accuracy")
-GPU_PARTS = ("compile", "tests", "floors")
+PARTS = ("self-test", "diagnose", "compile", "tests", "floors", "sweep", "kernels", "accuracy")
+GPU_PARTS = ("self-test", "diagnose", "compile", "tests", "floors")
+EXPLAINING = ("diagnose", "compile", "tests")  # what is left to do where the self-test fails
 # What a part may take in seconds. The sweep has what the others leave of the whole time.
-LIMITS = {"compile": 120, "tests": 180, "floors": 75, "kernels": 45, "accuracy": 75}
+LIMITS = {
+    "self-test": 60, "diagnose": 150, "compile": 100, "tests": 300, "floors": 50, "kernels": 30,
+    "accuracy": 60,
+}  # fmt: skip
 AFTER_SWEEP = LIMITS["kernels"] + LIMITS["accuracy"]
 GRACE = 30  # seconds that a part has to end in by itself
 SWEEP_SECONDS = 0.05  # to time a shape and mode
@@ -36,6 +43,7 @@ WRONG, LOST, FAILED, STOPPED = 1, 13, 14, 124  # exit codes of parts, none of th
 
 ROOT = Path(__file__).parents[1]
 TEST = re.compile(r"^(tests/\S+\.py::\w+(?:\[.*?\])?)(?= |$)", re.M)  # as pytest -v begins a line
+COMPILED = "TRIGRU_COMPILED"  # for pytest: what the tests launch has been compiled
 NO_COMMIT = "UNKNOWN: without git, set TRIGRU_COMMIT"
 Run = Callable[[list[str], float], int]  # a command and its limit in seconds → its exit code
 
@@ -49,10 +57,14 @@ def run_part(part: str, device: torch.device, folder: Path, minutes: float) -> b
     cases = list(SETS["core" if on_cuda else "smoke"]())
     accuracy, kernels = list(long_and_short(on_cuda)), list(profiled()) if on_cuda else cases[:1]
     end = time.monotonic() + 60 * minutes
+    if part == "self-test":
+        return run_self_test(device)
+    if part == "diagnose":
+        return diagnose(device, folder)
     if part == "compile":
         from .ahead import compile_ahead  # it needs Triton, which not every machine has
 
-        return compile_ahead([*cases, *accuracy, *kernels], device, floors=True)
+        return compile_ahead([*cases, *accuracy, *kernels], device, 60 * minutes)
     if part == "tests":
         return run_tests(folder / "tests.txt", end)
     if part == "floors":
@@ -70,12 +82,31 @@ def run_part(part: str, device: torch.device, folder: Path, minutes: float) -> b
     return run_accuracy(accuracy, device, folder / "accuracy.csv")
 
 
+def run_self_test(device: torch.device) -> bool:
+    """What `python -m trigru` says; whether all was right."""
+    from .ahead import compile_self_test
+
+    compile_self_test(device)
+    return trigru_main() == 0
+
+
+def diagnose(device: torch.device, folder: Path) -> bool:
+    """Look for the kernels that are wrong; whether there are none."""
+    from .ahead import compile_trials
+    from .diagnose import run_diagnosis, trials
+
+    launch.WAIT_SECONDS = 2.2  # in this process, for problems that take milliseconds
+    compile_trials(trials(), device)
+    return run_diagnosis(trials(), device, folder / "diagnose.csv", folder / "diagnose.pt")
+
+
 def run_tests(path: Path, end: float) -> bool:
     """Run the tests that need a GPU and write what pytest says into a file; whether some passed and
     none failed. Where one leaves the device in a bad state, a new process runs those that are left.
     At `end`, by time.monotonic(), pytest is asked to stop and to tell what it knows."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    environment = os.environ | {COMPILED: "1"}  # the part before has done that
     codes: list[int] = []
     ran: list[str] = []
     path.write_text("", encoding="utf-8")
@@ -83,7 +114,7 @@ def run_tests(path: Path, end: float) -> bool:
         arguments = [argument for test in ran for argument in ("--deselect", test)]
         with path.open("a", encoding="utf-8") as file:
             tests = subprocess.Popen(
-                command + arguments, cwd=ROOT, encoding="utf-8", errors="replace",
+                command + arguments, cwd=ROOT, env=environment, encoding="utf-8", errors="replace",
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             timer = Timer(max(0, end - time.monotonic()), tests.send_signal, [signal.SIGINT])
@@ -144,29 +175,40 @@ def run_evidence(
         f"{here['device']}, commit {here['commit'] or NO_COMMIT}, kernels {here['kernel_hash']}"
     ]
     print(said[0], flush=True)
-    end, good = clock() + 60 * minutes, True
+    end, good, explain = clock() + 60 * minutes, True, False
     for part in PARTS:
         if part in GPU_PARTS and device.type != "cuda":
+            continue
+        if (part not in EXPLAINING) if explain else part == "diagnose":
             continue
         command = [sys.executable, "-m", "perf", "evidence", "--only", part]
         command += ["--device", device.type, "--out", str(folder.resolve())]
         start = clock()
         if part == "sweep":
-            code = _sweep(command, folder / "sweep.csv", run, clock, end - AFTER_SWEEP)
+            code = _to_the_end(command, folder / "sweep.csv", run, clock, end - AFTER_SWEEP)
+        elif part == "diagnose":
+            until = min(end, start + LIMITS[part])
+            code = _to_the_end(command, folder / "diagnose.csv", run, clock, until)
         else:
             limit = max(1, min(LIMITS[part], end - start))
             code = run([*command, "--minutes", f"{(limit - GRACE) / 60:.2f}"], limit)
+        explain = explain or (part == "self-test" and code != 0)
         good = good and code == 0
         said.append(f"{part}: exit code {code} after {clock() - start:.0f} s")
         print(said[-1], flush=True)
+    if explain:
+        said.append(f"the self-test failed: all that followed was {', '.join(EXPLAINING)}")
     print("\n".join(["", *said, ""]), flush=True)
     print(summary_of(folder))
     return good
 
 
-def _sweep(command: list[str], path: Path, run: Run, clock: Callable[[], float], end: float) -> int:
-    """Run the sweep until `end`; 0, or the last exit code that was not. One that was cut short goes
-    on in a new process with the next shape, as long as that gets it anywhere."""
+def _to_the_end(
+    command: list[str], path: Path, run: Run, clock: Callable[[], float], end: float
+) -> int:
+    """Run a part that appends to the file at `path` until `end`; 0, or the last exit code that was
+    not. One that was cut short goes on in a new process with what comes next, as long as that gets
+    it anywhere."""
     worst = 0
     while True:
         before = _size(path)

@@ -2,22 +2,56 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import compile_only
 import pytest
 import torch
-from interpreted import warm_up
+from interpreted import broken_interpreter, warm_up
 from layers import believing_in_kernels
 
-from perf.evidence import LOST
+from perf.ahead import compile_ahead_of_tests, compile_launches
+from perf.evidence import COMPILED, LOST
 from perf.measure import is_lost
 from trigru import raise_if_failed
 
+COMPILE_SECONDS = 300
+
+
+def pytest_configure():
+    if compile_only.folder():
+        compile_launches()
+
 
 def pytest_collection_modifyitems(items):
+    """On a GPU, what says most of the kernels comes first."""
+    items.sort(key=lambda item: item.path.name != "test_gpu.py")
+    if compile_only.folder():
+        items[:] = filter(compile_only.wanted, items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session):
+    """Compile on all cores what the tests launch on a GPU, unless the evidence has done so: one
+    after another, kernels take longer than the tests."""
+    done = compile_only.folder() or COMPILED in os.environ or session.config.option.collectonly
+    if done or not torch.cuda.is_available():
+        return
+    tests = [item.nodeid for item in session.items if compile_only.wanted(item)]
+    if len(tests) > 1:
+        say = session.config.pluginmanager.get_plugin("terminalreporter").write_line
+        say(f"compiling what {len(tests)} tests launch")
+        compile_ahead_of_tests(tests, COMPILE_SECONDS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    if not (folder := compile_only.folder()):
+        return None
+    compile_only.run_shared(session, folder)
+    return True
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +83,8 @@ def interpreted():
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+        if why := pool.submit(broken_interpreter).result():
+            pytest.skip(why)
         pool.submit(warm_up).result()
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 

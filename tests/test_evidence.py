@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -12,14 +14,18 @@ import pytest
 import torch
 import triton
 from compiling import TARGETS
+from numerics import assert_within_rule
 from triton.backends.compiler import GPUTarget
 
 from perf import __main__ as command
-from perf import accuracy, ahead, evidence, kernels
+from perf import accuracy, ahead, diagnose, evidence, kernels
 from perf.measure import facts
 from perf.providers import Provider, build_torch, build_trigru
 from perf.shapes import Case, core, long_and_short, profiled
 from perf.sweep import DeviceLost, make_bench, run_sweep
+from trigru import ops
+from trigru.__main__ import computed
+from trigru.accuracy import problem, yardsticks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASE = Case("torch", "fp32", T=5, B=3, I=4, H=6)
@@ -63,7 +69,7 @@ def sm_90(monkeypatch, tmp_path):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    ahead._compile_only()
+    ahead.compile_only()
 
 
 @pytest.mark.parametrize("variant", ["torch", "textbook"])
@@ -152,9 +158,70 @@ def test_what_does_not_compile_is_told_once_and_ends_nothing(capsys, job, says):
     assert ahead.run_on_all_cores([works] * 3, CPU, set_up)
 
 
+@pytest.mark.parametrize("variant", ["torch", "textbook"])
+def test_what_the_self_test_and_a_diagnosis_launch_is_compiled(
+    sm_90, tmp_path, monkeypatch, variant
+):
+    """Both passes, and the reference's values in place of what the kernels would compute."""
+    for launcher in (ahead.forward, "gru_forward"), (ahead.backward, "gru_backward"):
+        monkeypatch.setattr(*launcher, getattr(*launcher))  # put back after the test
+    monkeypatch.setattr(ops, "why_no_kernel", lambda *_: None)
+    for module in (ops, diagnose):
+        monkeypatch.setattr(module, "device_limits", lambda device: TARGETS[90])
+    ops.plan_for.cache_clear()
+    monkeypatch.setattr(ahead, "compile_only", lambda: None)  # that they are already
+    ahead.compile_launches()
+    textbook = variant == "textbook"
+    ahead.compile_problem(textbook, torch.bfloat16, (3, 2, 1, 64), CPU)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
+    for walk in diagnose.RESULTS:
+        trial = diagnose.Trial(variant, "bf16", walk, H=144, directions=1, T=1, B=1)
+        ahead.compile_trial(trial, CPU)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 4
+    inputs, cotangents = problem(4, 3, 1, 144, textbook=textbook, dtype=torch.bfloat16)
+    exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook)
+    assert_within_rule(computed(inputs, cotangents, textbook), exact, yardstick)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 4  # the same kernels
+    ops.plan_for.cache_clear()
+
+
+def test_gpu_tests_are_compiled_on_all_cores_before_they_run(tmp_path):
+    """By a plain pytest, in processes that share the tests and do not do so in turn."""
+    environment = os.environ | {
+        "PYTEST_PLUGINS": "fake_gpu", "PYTHONPATH": "tests", "TRITON_CACHE_DIR": str(tmp_path),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-s", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/test_gpu.py", "-k", "test_reversed and 64"],
+        cwd=ahead.ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "compiling what 2 tests launch" in done.stdout
+    # Of both variants the forward kernel, as for training, and the backward one.
+    said = re.findall(r"kernels (before|after): (\d+)", done.stdout)
+    assert said == [("before", "4"), ("after", "4")]
+
+
+def test_tests_that_crash_or_hang_end_their_own_process_alone(tmp_path, monkeypatch):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    head = "import os, time, pytest\npytestmark = pytest.mark.gpu\n"
+    monkeypatch.setattr(ahead, "ROOT", tmp_path)
+
+    def run(body, seconds):
+        (tmp_path / "test_x.py").write_text(f"{head}def test_a():\n    {body}\n")
+        ahead.compile_tests((), str(tmp_path), seconds, CPU)
+
+    for fine in ("pass", "assert 0", "pytest.skip()"):
+        run(fine, 60)
+    with pytest.raises(RuntimeError, match="pytest ended with -9"):
+        run("os.kill(os.getpid(), 9)", 60)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run("time.sleep(60)", 3)
+
+
 def test_nothing_is_compiled_on_a_cpu(monkeypatch):
     monkeypatch.setattr(ahead, "device_limits", lambda device: pytest.fail("asked for a device"))
-    ahead.compile_ahead([CASE], CPU)
+    ahead.compile_ahead([CASE], CPU, 60)
 
 
 # Accuracy and kernels
@@ -298,9 +365,12 @@ def run_all(machine, folder, device=CUDA, minutes=9.5):
     return good, [part for part, *_ in machine.ran]
 
 
+ALL_IS_WELL = [part for part in evidence.PARTS if part != "diagnose"]
+
+
 def test_all_parts_run_in_order(tmp_path, capsys):
     machine = Machine()
-    assert run_all(machine, tmp_path / "new") == (True, list(evidence.PARTS))
+    assert run_all(machine, tmp_path / "new") == (True, ALL_IS_WELL)
     said = capsys.readouterr().out
     for part, _, command_line in machine.ran:
         assert command_line[:5] == [sys.executable, "-m", "perf", "evidence", "--only"]
@@ -327,20 +397,20 @@ def test_an_unknown_commit_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_the_sweep_has_the_time_that_the_others_leave(tmp_path):
-    for seconds, left in (({"tests": 100, "floors": 50}, 570 - 151), ({}, 570 - 3)):
+    for seconds, left in (({"tests": 100, "floors": 50}, 570 - 152), ({}, 570 - 4)):
         machine = Machine(seconds)
         run_all(machine, tmp_path)
         (sweep,) = [(limit, c) for part, limit, c in machine.ran if part == "sweep"]
         minutes = float(sweep[1][sweep[1].index("--minutes") + 1])
-        assert 60 * minutes == pytest.approx(left - 120 - 30, abs=1)
-        assert sweep[0] == pytest.approx(left - 120, abs=1)
+        assert 60 * minutes == pytest.approx(left - 90 - 30, abs=1)
+        assert sweep[0] == pytest.approx(left - 90, abs=1)
 
 
 @pytest.mark.parametrize("minutes", [9.5, 2])
 def test_parts_that_hang_are_cut_off_in_time(tmp_path, minutes):
     machine = Machine({part: 1e9 for part in evidence.PARTS}, {"tests": [124]})
     good, ran = run_all(machine, tmp_path, minutes=minutes)
-    assert not good and ran == list(evidence.PARTS)
+    assert not good and ran == ALL_IS_WELL
     assert machine.now - 1000 <= 60 * minutes + len(evidence.PARTS)
 
 
@@ -352,9 +422,40 @@ def test_tests_have_time_to_tell_what_failed(tmp_path):
 
 
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path):
-    for part in evidence.PARTS:
+    for part in ALL_IS_WELL[1:]:
         good, ran = run_all(Machine(codes={part: [1]}), tmp_path)
-        assert not good and ran == list(evidence.PARTS)
+        assert not good and ran == ALL_IS_WELL
+
+
+EXPLAINED = ["self-test", *evidence.EXPLAINING]
+
+
+@pytest.mark.parametrize("code", [1, evidence.FAILED, evidence.STOPPED, -11])
+def test_a_self_test_that_fails_leaves_what_explains_it(tmp_path, capsys, code):
+    good, ran = run_all(Machine(codes={"self-test": [code]}), tmp_path)
+    assert not good and ran == EXPLAINED
+    assert f"self-test: exit code {code}" in capsys.readouterr().out
+
+
+def test_a_diagnosis_goes_on_without_the_kernel_that_took_its_process(tmp_path):
+    codes = {"self-test": [1], "diagnose": [evidence.LOST, -11, evidence.WRONG]}
+    machine = Machine({"diagnose": 20}, codes)
+    good, ran = run_all(machine, tmp_path)
+    assert not good and ran == ["self-test", *["diagnose"] * 3, "compile", "tests"]
+    limits = [limit for part, limit, _ in machine.ran if part == "diagnose"]
+    assert limits == [150, 130, 110]
+    assert run_all(Machine({"diagnose": 60}, {**codes, "diagnose": [-11]}), tmp_path)[1] == [
+        "self-test", *["diagnose"] * 3, "compile", "tests",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_self_test_is_the_library_s(tmp_path, monkeypatch, passed):
+    compiled = []
+    monkeypatch.setattr(ahead, "compile_self_test", compiled.append)
+    monkeypatch.setattr(evidence, "trigru_main", lambda: 0 if passed else 1)
+    assert evidence.run_part("self-test", CPU, tmp_path, minutes=1) == passed
+    assert compiled == [CPU]
 
 
 @pytest.mark.parametrize("code", [evidence.LOST, evidence.FAILED, -11])
@@ -485,10 +586,34 @@ def test_tests_that_hang_are_stopped_and_tell_what_failed(pytest_says):
     assert not good and "E   assert 1 == 2" in said and "KeyboardInterrupt" in said
 
 
+def test_nothing_but_the_bar_is_missing_without_tqdm(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.modules["tqdm"] = None
+        import torch
+        from perf import __main__, evidence
+        from perf.progress import tqdm
+        from perf.shapes import Case
+        bar = tqdm(range(3), unit="step", desc="train", disable=False)
+        assert list(bar) == [0, 1, 2]
+        bar.set_postfix_str("bits", False)
+        evidence.SETS["smoke"] = lambda: [Case("torch", "fp32", T=5, B=3, I=4, H=6)]
+        sys.exit(__main__.main(["sweep", "--device", "cpu", "--seconds", "0.001",
+                                "--out", {str(tmp_path)!r}]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr
+    assert (tmp_path / "sweep.csv").exists()
+
+
 # On a GPU
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(compiled_ahead=False)
 def test_a_sweep_on_a_gpu(tmp_path):
     """Graphs of every provider, with parameters in segments of their own, and all that is read off
     a device."""
