@@ -59,20 +59,29 @@ class CompileOnly:
         return partial(self.kernel.warmup, grid=grid)
 
 
-def compile_ahead(cases: Sequence[Case], device: torch.device, seconds: float) -> bool:
-    """Compile what the GPU tests launch, within about so many seconds, what the cases launch on a
-    CUDA device, forward and training, and what measures their floors; whether all of it compiled.
-    What did not is left to fail where it is used."""
+def compile_ahead(cases: Sequence[Case], device: torch.device) -> bool:
+    """Compile what the cases launch on a CUDA device, forward and training; whether all of it
+    compiled. What did not is left to fail where it is used."""
     if device.type != "cuda":
         return True
     device = torch.device("cuda", torch.cuda.current_device())
+    return run_on_all_cores(jobs_of(cases, device_limits(device)), device, compile_only)
+
+
+def compile_all(cases: Sequence[Case], device: torch.device, seconds: float) -> bool:
+    """As above what the GPU tests launch, within about so many seconds, then what the cases launch
+    and what measures their floors."""
+    device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
-    kernels = dict.fromkeys(kernels_of(cases, limits))
-    jobs: list[Job] = [partial(compile_kernel, kernel) for kernel in kernels]
+    jobs = jobs_of(cases, limits)
     jobs += [partial(compile_exchange, *e) for e in exchange_kernels(cases, limits).items()]
     with TemporaryDirectory() as folder:
         tests = partial(compile_tests, (), folder, seconds)
         return run_on_all_cores([*[tests] * workers(), *jobs], device, compile_only)
+
+
+def jobs_of(cases: Iterable[Case], limits: DeviceLimits) -> list[Job]:
+    return [partial(compile_kernel, kernel) for kernel in dict.fromkeys(kernels_of(cases, limits))]
 
 
 def compile_ahead_of_tests(tests: Sequence[str], seconds: float) -> bool:

@@ -62,9 +62,9 @@ def run_part(part: str, device: torch.device, folder: Path, minutes: float) -> b
     if part == "diagnose":
         return diagnose(device, folder)
     if part == "compile":
-        from .ahead import compile_ahead  # it needs Triton, which not every machine has
+        from .ahead import compile_all  # it needs Triton, which not every machine has
 
-        return compile_ahead([*cases, *accuracy, *kernels], device, 60 * minutes)
+        return compile_all([*cases, *accuracy, *kernels], device, 60 * minutes)
     if part == "tests":
         return run_tests(folder / "tests.txt", end)
     if part == "floors":

@@ -221,7 +221,7 @@ def test_tests_that_crash_or_hang_end_their_own_process_alone(tmp_path, monkeypa
 
 def test_nothing_is_compiled_on_a_cpu(monkeypatch):
     monkeypatch.setattr(ahead, "device_limits", lambda device: pytest.fail("asked for a device"))
-    ahead.compile_ahead([CASE], CPU, 60)
+    ahead.compile_ahead([CASE], CPU)
 
 
 # Accuracy and kernels

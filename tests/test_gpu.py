@@ -15,7 +15,7 @@ from trigru.accuracy import (
     relative_error,
     yardsticks,
 )  # fmt: skip
-from trigru.layer import _without_cudnn
+from trigru.ops import without_cudnn
 from trigru.plan import LaunchPlan, NoPlan
 
 pytestmark = [
@@ -463,6 +463,6 @@ def test_beyond_the_device_falls_back_and_says_so():
     x = torch.randn(2, 2, 16, device=DEVICE, dtype=BF16)
     with pytest.warns(UserWarning, match="slower path: U with hidden size 8192"):
         y, _ = layer(x)
-    with _without_cudnn():
+    with without_cudnn():
         theirs, _ = layer.to_torch()(x)
     assert_within_rule({"y": y}, {"y": in_float64(layer, x)}, {"y": theirs})
