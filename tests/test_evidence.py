@@ -10,6 +10,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
+import compile_only
 import pytest
 import torch
 import triton
@@ -23,7 +24,7 @@ from perf.measure import facts
 from perf.providers import Provider, build_torch, build_trigru
 from perf.shapes import Case, core, long_and_short, profiled
 from perf.sweep import DeviceLost, make_bench, run_sweep
-from trigru import ops
+from trigru import launch, ops
 from trigru.__main__ import computed
 from trigru.accuracy import problem, yardsticks
 
@@ -158,6 +159,17 @@ def test_what_does_not_compile_is_told_once_and_ends_nothing(capsys, job, says):
     assert ahead.run_on_all_cores([works] * 3, CPU, set_up)
 
 
+def test_a_diagnosis_compiles_and_does_not_wait_long(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(launch, "WAIT_SECONDS", launch.WAIT_SECONDS)  # put back after the test
+    monkeypatch.setattr(ahead, "compile_trials", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr(diagnose, "run_diagnosis", lambda *arguments: done.append(arguments))
+    evidence.run_part("diagnose", CPU, tmp_path, minutes=1)
+    files = tmp_path / "diagnose.csv", tmp_path / "diagnose.pt"
+    assert done == [(diagnose.trials(), CPU), (diagnose.trials(), CPU, *files)]
+    assert 2**31 < launch.wait_limit(7) < 3e9  # an int64, as of every launch
+
+
 @pytest.mark.parametrize("variant", ["torch", "textbook"])
 def test_what_the_self_test_and_a_diagnosis_launch_is_compiled(
     sm_90, tmp_path, monkeypatch, variant
@@ -200,6 +212,18 @@ def test_gpu_tests_are_compiled_on_all_cores_before_they_run(tmp_path):
     # Of both variants the forward kernel, as for training, and the backward one.
     said = re.findall(r"kernels (before|after): (\d+)", done.stdout)
     assert said == [("before", "4"), ("after", "4")]
+
+
+def test_processes_share_the_tests_that_are_wanted(request, tmp_path):
+    first, second = (compile_only.taken(list("abcde"), tmp_path) for _ in range(2))
+    assert [next(first), next(second), next(second), next(first)] == list("abcd")
+    assert [*second, *first] == ["e"]
+    marks = {"plain": pytest.mark.gpu, "not so": pytest.mark.gpu(compiled_ahead=False)}
+    for name, mark in marks.items():
+        item = pytest.Function.from_parent(request.node.parent, name=name, callobj=lambda: None)
+        assert not compile_only.wanted(item)
+        item.add_marker(mark)
+        assert compile_only.wanted(item) == (name == "plain")
 
 
 def test_tests_that_crash_or_hang_end_their_own_process_alone(tmp_path, monkeypatch):
@@ -562,6 +586,11 @@ def test_what_pytest_says_is_kept(pytest_says, capsys, outcome):
     assert good == (outcome == "passed")  # without a device nothing is shown by skipping
     assert f"1 {outcome} in" in said.splitlines()[-1]
     assert said == capsys.readouterr().out
+
+
+def test_the_evidence_s_tests_are_compiled_already(pytest_says):
+    good, said = pytest_says(f"def test_a(): assert {evidence.COMPILED!r} in os.environ\n")
+    assert good, said
 
 
 @pytest.mark.parametrize(
