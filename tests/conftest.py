@@ -13,7 +13,7 @@ from perf.evidence import COMPILED, LOST
 from perf.measure import is_lost
 from trigru import raise_if_failed
 
-COMPILE_SECONDS = 300
+COMPILE_SECONDS = 300  # after which the tests that are left compile for themselves
 
 
 def pytest_configure():
