@@ -30,6 +30,19 @@ TARGETS = {
 }
 
 
+class NoDevice:
+    """Triton's driver for an sm_90 that is not there: kernels compile, and cannot be launched."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
 @dataclass(frozen=True)
 class Compiled:
     shared_bytes: int

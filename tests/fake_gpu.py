@@ -7,23 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = lambda *_: None
 torch.cuda.current_device = lambda: 0
 torch.set_num_threads(1)
-
-
-class Driver:
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
 
 
 def in_float32(reference):
@@ -39,12 +27,12 @@ def in_float32(reference):
 
 def pytest_configure():
     from compile_only import folder
-    from compiling import TARGETS
+    from compiling import TARGETS, NoDevice
 
     from perf import ahead
     from trigru import backward, forward, ops, reference
 
-    triton.runtime.driver._active = Driver()
+    triton.runtime.driver._active = NoDevice()
     ops.device_limits = lambda device: TARGETS[90]
     ops.why_no_kernel = lambda device, dtype, H, textbook: (
         None if dtype in ops._KERNEL_DTYPES else "no such kernel"

@@ -14,9 +14,8 @@ import compile_only
 import pytest
 import torch
 import triton
-from compiling import TARGETS
+from compiling import TARGETS, NoDevice
 from numerics import assert_within_rule
-from triton.backends.compiler import GPUTarget
 
 from perf import __main__ as command
 from perf import accuracy, ahead, diagnose, evidence, kernels
@@ -50,16 +49,6 @@ def _a_machine_s_name(monkeypatch):
 def sm_90(monkeypatch, tmp_path):
     """Triton compiles for a device that is not there, into a cache of the test's own."""
 
-    class Driver:
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
     for module, name in (
         (ahead.forward, "_gru_forward_kernel"),
         (ahead.backward, "_gru_backward_kernel"),
@@ -68,7 +57,7 @@ def sm_90(monkeypatch, tmp_path):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, kernel)  # put back after the test
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     ahead.compile_only()
 
