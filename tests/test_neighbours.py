@@ -266,3 +266,26 @@ def test_a_model_that_is_quantized(variant, mapping):
     assert type(layer) is TriGRU and layer.variant == variant
     assert type(converted.get_submodule("0")) is not nn.Linear
     assert (converted(x) - model(x)).abs().max() < 0.05
+
+
+def test_a_layer_of_an_older_file_keeps_no_weights_alive():
+    """nn.RNNBase's own list of weights is in what earlier versions pickled."""
+    layer = TriGRU(3, 4)
+    state = {**layer.__getstate__(), "_flat_weights": list(layer.parameters())}
+    old = TriGRU.__new__(TriGRU)
+    old.__setstate__(state)
+    assert "_flat_weights" not in vars(old)
+    x = torch.randn(2, 1, 3)
+    assert torch.equal(old(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("variant", ["torch", "textbook"])
+def test_compiled_autograd(variant):
+    layer, x = TriGRU(3, 4, variant=variant), torch.randn(5, 2, 3)
+    layer(x)[0].square().sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        layer(x)[0].square().sum().backward()
+    torch.testing.assert_close([p.grad for p in layer.parameters()], expected)

@@ -127,6 +127,19 @@ def test_sizes_that_do_not_go_together():
         (data[:4], batch_sizes, hx),
         (torch.randn(6, IN), batch_sizes, hx),
         (data, batch_sizes, make_hx(layer, 3)),
+        (data[:1], batch_sizes, hx),  # which could broadcast
+        (data, batch_sizes, make_hx(layer, 1)),
     ):
-        with pytest.raises(RuntimeError, match="must match the existing size"):
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
             packed(*wrong)
+
+
+@pytest.mark.parametrize("graph", [torch.jit.trace, torch.export.export])
+def test_no_tangent_is_lost(graph):
+    """The operator in a graph has no forward-mode derivative, and must not pass for a constant."""
+    layer, x = TriGRU(IN, H, variant="textbook"), torch.randn(T, 2, IN)
+    held = graph(layer, (x,))
+    held = held if graph is torch.jit.trace else held.module()
+    with pytest.raises(RuntimeError, match="differentiate the model itself"):
+        torch.func.jvp(lambda x: held(x)[0], (x,), (x,))
+    assert torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))[1].any()

@@ -35,9 +35,11 @@ def _gradients_may_be_batched(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def function(ctx, *gradients):
+        if torch.compiler.is_compiling():  # which knows no such question
+            return backward(ctx, *gradients)
         is_batched = torch._C._functorch.is_legacy_batchedtensor
         batched = [g is not None and is_batched(g) for g in gradients]
-        if torch.compiler.is_compiling() or not any(batched):
+        if not any(batched):
             return backward(ctx, *gradients)
         level = _legacy_level(gradients[batched.index(True)])
         plain = [

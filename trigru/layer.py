@@ -245,7 +245,8 @@ class TriGRU(nn.RNNBase):
                 )
             if torch.jit.is_tracing():  # no check is in the graph, but these sizes are
                 N, B = batch_sizes.sum(), batch_sizes[0]  # which a trace takes for numbers
-                x, hx = x.expand(N, -1), hx.expand(-1, B, -1)  # type: ignore[call-overload]
+                x = x.reshape(N, self.input_size)  # type: ignore[call-overload]
+                hx = hx.reshape(len(hx), B, self.hidden_size)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, I)
             x = input.transpose(0, 1)
@@ -318,6 +319,10 @@ class TriGRU(nn.RNNBase):
                 stacklevel=2,
             )
         return self.variant
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Older files hold nn.RNNBase's list, which would keep weights that nobody reads.
+        super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

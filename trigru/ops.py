@@ -257,6 +257,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ y (T, B, D, H) or (N, D, H), h_n (D, B, H), and the gates, as y but with (D, G, H), which
     are empty if nothing is to be saved."""
+    if forward_mode():  # of a graph that holds the operator: the tangents would be lost
+        raise NotImplementedError(
+            "an exported or traced TriGRU has no forward-mode derivatives: differentiate the model "
+            "itself"
+        )
     D, B, H = h0.shape
     # A graph that was traced brings whatever its user gives it.
     if gx.shape[-2:] != (D, 3 * H) or (offsets is None and gx.shape[1:-2] != (B,)):
