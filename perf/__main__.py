@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 import time
 import traceback
@@ -68,6 +69,8 @@ def evidence(device: torch.device, args: argparse.Namespace, folder: Path) -> bo
     """Run all parts of the evidence, or one; whether all was right."""
     folder.mkdir(parents=True, exist_ok=True)
     if args.only is None:
+        # Parts are sessions of their own: end them with this one, not only where it ends by itself.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return run_evidence(device, folder, args.minutes)
     return run_part(args.only, device, folder, args.minutes)
 

@@ -69,12 +69,14 @@ def compile_ahead(cases: Sequence[Case], device: torch.device) -> bool:
 
 
 def compile_all(cases: Sequence[Case], device: torch.device, seconds: float) -> bool:
-    """As above what the GPU tests launch, within about so many seconds, then what the cases launch
-    and what measures their floors."""
+    """As above what the GPU tests launch, within about so many seconds, then what measures the
+    floors of the cases, and what they launch, of which the last are measured last."""
     device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
-    jobs = jobs_of(cases, limits)
-    jobs += [partial(compile_exchange, *e) for e in exchange_kernels(cases, limits).items()]
+    jobs: list[Job] = [
+        partial(compile_exchange, *e) for e in exchange_kernels(cases, limits).items()
+    ]
+    jobs += jobs_of(cases, limits)
     with TemporaryDirectory() as folder:
         tests = partial(compile_tests, (), folder, seconds)
         return run_on_all_cores([*[tests] * workers(), *jobs], device, compile_only)

@@ -17,7 +17,7 @@ from trigru import accuracy, backward, forward, reference
 from trigru.launch import raise_if_failed
 from trigru.plan import LaunchPlan, device_limits, plan_launch
 
-from .measure import FACTS, append_row, facts, is_lost, now
+from .measure import FACTS, append_row, facts, is_lost, kernel_hash, now
 from .progress import tqdm
 from .providers import DTYPES
 from .shapes import VARIANTS
@@ -181,13 +181,15 @@ def broke(status: str) -> bool:
 
 
 def statuses(path: Path) -> dict[Trial, str]:
-    """The last word on each trial that was begun, in order."""
+    """The last word on each trial of these kernels that was begun, in order."""
     return {trial: row["status"] for trial, row in _last_rows(path).items()}
 
 
 def account(path: Path) -> str:
     """A table of the kernels that fail, and in which of their trials."""
     rows = _last_rows(path)
+    if not rows:
+        return "no kernel has been tried alone"
     lines = []
     for regime, walk, variant, dtype in product(("solo", "group"), RESULTS, VARIANTS, DTYPES):
         of = {
@@ -218,6 +220,6 @@ def _last_rows(path: Path) -> dict[Trial, dict[str, str]]:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["kernel_hash"] == kernel_hash()]
     types = Trial.__annotations__
     return {Trial(**{name: types[name](row[name]) for name in Trial._fields}): row for row in rows}

@@ -33,7 +33,7 @@ GPU_PARTS = ("self-test", "diagnose", "compile", "tests", "floors")
 EXPLAINING = ("diagnose", "compile", "tests")  # what is left to do where the self-test fails
 # What a part may take in seconds. The sweep has what the others leave of the whole time.
 LIMITS = {
-    "self-test": 60, "diagnose": 150, "compile": 100, "tests": 300, "floors": 50, "kernels": 30,
+    "self-test": 120, "diagnose": 150, "compile": 140, "tests": 300, "floors": 50, "kernels": 45,
     "accuracy": 60,
 }  # fmt: skip
 AFTER_SWEEP = LIMITS["kernels"] + LIMITS["accuracy"]
@@ -93,11 +93,14 @@ def run_self_test(device: torch.device) -> bool:
 def diagnose(device: torch.device, folder: Path) -> bool:
     """Look for the kernels that are wrong; whether there are none."""
     from .ahead import compile_trials
-    from .diagnose import run_diagnosis, trials
+    from .diagnose import run_diagnosis, statuses, trials
 
     launch.WAIT_SECONDS = 2.2  # in this process, for problems that take milliseconds
-    compile_trials(trials(), device)
-    return run_diagnosis(trials(), device, folder / "diagnose.csv", folder / "diagnose.pt")
+    path, dump = folder / "diagnose.csv", folder / "diagnose.pt"
+    if not statuses(path):  # else a process before this one has begun
+        dump.unlink(missing_ok=True)  # of other kernels
+        compile_trials(trials(), device)
+    return run_diagnosis(trials(), device, path, dump)
 
 
 def run_tests(path: Path, end: float) -> bool:
@@ -197,7 +200,10 @@ def run_evidence(
         said.append(f"{part}: exit code {code} after {clock() - start:.0f} s")
         print(said[-1], flush=True)
     if explain:
+        from .diagnose import account
+
         said.append(f"the self-test failed: all that followed was {', '.join(EXPLAINING)}")
+        said.append(account(folder / "diagnose.csv"))  # also of a part that was cut off
     print("\n".join(["", *said, ""]), flush=True)
     print(summary_of(folder))
     return good

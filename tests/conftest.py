@@ -1,4 +1,5 @@
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -19,6 +20,8 @@ COMPILE_SECONDS = 300  # after which the tests that are left compile for themsel
 def pytest_configure():
     if compile_only.folder():
         compile_launches()
+    if COMPILED in os.environ:  # the evidence ends its tests by SIGINT; nohup ignores that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,9 @@
 """The parts of the evidence that a CPU can run, and how they are run one after another."""
 
 import csv
+import itertools
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -97,6 +99,39 @@ def test_what_measures_floors_is_compiled_ahead(sm_90, tmp_path):
     assert len(list(tmp_path.rglob("*.cubin"))) == 3
 
 
+def test_all_that_the_evidence_launches_is_compiled_in_one_pool(monkeypatch):
+    """The tests first, in as many processes as there are, then the floors', then the sweep's."""
+    pools = []
+
+    def pool(jobs, device, set_up):
+        pools.append([pickle.loads(pickle.dumps(job)).func.__name__ for job in jobs])
+        return True
+
+    monkeypatch.setattr(ahead, "device_limits", lambda device: TARGETS[90])
+    monkeypatch.setattr(ahead, "run_on_all_cores", pool)
+    monkeypatch.setattr(ahead, "workers", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert evidence.run_part("compile", CUDA, Path(), minutes=1)
+    (jobs,) = pools
+    names = [name for name, _ in itertools.groupby(jobs)]
+    assert names == ["compile_tests", "compile_exchange", "compile_kernel"]
+    everything, limits = [*core(), *long_and_short(True), *profiled()], TARGETS[90]
+    assert jobs.count("compile_tests") == 3
+    assert jobs.count("compile_exchange") == len(ahead.exchange_kernels(everything, limits))
+    assert jobs.count("compile_kernel") == len(set(ahead.kernels_of(everything, limits)))
+
+
+def test_inductor_leaves_triton_s_cache_where_it_is():
+    """It moves the cache only where the environment does not say where it is."""
+    code = "import os, perf, triton; print(os.environ['TRITON_CACHE_DIR'], triton.knobs.cache.dir)"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=evidence.ROOT, env=environment, check=True,
+        capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert len(said) == 2 and said[0] == said[1]
+
+
 def test_kernels_of_all_shapes():
     found = list(ahead.kernels_of(core(), TARGETS[90]))
     assert {k.plan.H for k in found if k.dtype == "fp32"} == {c.H for c in core() if c.H <= 1024}
@@ -157,6 +192,9 @@ def test_a_diagnosis_compiles_and_does_not_wait_long(tmp_path, monkeypatch):
     files = tmp_path / "diagnose.csv", tmp_path / "diagnose.pt"
     assert done == [(diagnose.trials(), CPU), (diagnose.trials(), CPU, *files)]
     assert 2**31 < launch.wait_limit(7) < 3e9  # an int64, as of every launch
+    monkeypatch.setattr(diagnose, "statuses", lambda path: {"a trial": "began"})
+    evidence.run_part("diagnose", CPU, tmp_path, minutes=1)
+    assert len(done) == 3  # a process that goes on does not compile
 
 
 @pytest.mark.parametrize("variant", ["torch", "textbook"])
@@ -415,8 +453,8 @@ def test_the_sweep_has_the_time_that_the_others_leave(tmp_path):
         run_all(machine, tmp_path)
         (sweep,) = [(limit, c) for part, limit, c in machine.ran if part == "sweep"]
         minutes = float(sweep[1][sweep[1].index("--minutes") + 1])
-        assert 60 * minutes == pytest.approx(left - 90 - 30, abs=1)
-        assert sweep[0] == pytest.approx(left - 90, abs=1)
+        assert 60 * minutes == pytest.approx(left - evidence.AFTER_SWEEP - 30, abs=1)
+        assert sweep[0] == pytest.approx(left - evidence.AFTER_SWEEP, abs=1)
 
 
 @pytest.mark.parametrize("minutes", [9.5, 2])
@@ -447,7 +485,8 @@ EXPLAINED = ["self-test", *evidence.EXPLAINING]
 def test_a_self_test_that_fails_leaves_what_explains_it(tmp_path, capsys, code):
     good, ran = run_all(Machine(codes={"self-test": [code]}), tmp_path)
     assert not good and ran == EXPLAINED
-    assert f"self-test: exit code {code}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"self-test: exit code {code}" in said and "no kernel has been tried alone" in said
 
 
 def test_a_diagnosis_goes_on_without_the_kernel_that_took_its_process(tmp_path):
