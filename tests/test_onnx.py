@@ -218,11 +218,12 @@ def test_by_torchscript(form, settings, with_hx):
             assert_close(run(*inputs), list(layer(*inputs)))
 
 
-def test_torchscript_refuses_a_packed_sequence(monkeypatch):
+@pytest.mark.parametrize("variant", ["torch", "textbook"])
+def test_torchscript_refuses_a_packed_sequence(variant):
     class Packed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gru = TriGRU(IN, H, variant="textbook")
+            self.gru = TriGRU(IN, H, variant=variant)
 
         def forward(self, x, lengths):
             output, _ = self.gru(pack_padded_sequence(x, lengths))

@@ -148,8 +148,8 @@ class TriGRU(nn.RNNBase):
     def _forward_packed(
         self, packed: PackedSequence, hx: Tensor | None
     ) -> tuple[PackedSequence, Tensor]:
-        if onnx.exporting() and not torch.jit.is_tracing():  # which may take ATen's GRU
-            onnx.refuse_packed()
+        if onnx.exporting():
+            raise NotImplementedError("TriGRU exports no PackedSequence to ONNX; pad the input")
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
@@ -166,7 +166,7 @@ class TriGRU(nn.RNNBase):
         """Refuse what nn.GRU itself refuses; returns hx, zeros if None."""
         if hx is None:
             shape: Any = self.get_expected_hidden_size(input, batch_sizes)
-            if batch_sizes is not None and torch.jit.is_tracing() and not onnx.exporting():
+            if batch_sizes is not None and torch.jit.is_tracing():
                 # In a trace a number would be that of the example for ever.
                 shape = shape[0], batch_sizes[0], shape[2]
             hx = input.new_zeros(shape)
@@ -232,8 +232,6 @@ class TriGRU(nn.RNNBase):
         self._check_tensors(input, hx, weights, batch_sizes)
         x, offsets = input, None
         if batch_sizes is not None:  # (N, I), a row for every step of every sequence
-            if onnx.exporting():
-                onnx.refuse_packed()
             if (
                 input.is_cuda
                 and not torch.compiler.is_compiling()

@@ -17,10 +17,6 @@ def exporting() -> bool:
     return tracing and torch.onnx.is_in_onnx_export()
 
 
-def refuse_packed() -> None:
-    raise NotImplementedError("TriGRU exports no PackedSequence to ONNX; pad the input")
-
-
 def gru_node(
     x: Tensor, h0: Tensor, weights: Sequence[Tensor], *, textbook: bool
 ) -> tuple[Tensor, Tensor]:
