@@ -1,56 +1,67 @@
 """The persistent backward kernel and its launcher."""
 
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from .exchange import deadline_from_now, publish, unwritten
+from .exchange import publish, unwritten, wait
 from .launch import launch
-from .plan import LaunchPlan, pad_hidden
+from .plan import LaunchPlan, aligned, pad_hidden
 from .tiles import (
-    add_product,
-    beside_operand,
-    load_u,
-    operand,
-    operand_offsets,
+    awaited_offsets,
+    awaited_rows,
+    load3,
+    load_us,
+    own_offsets,
+    product,
     rows_of_step,
+    shared_memory,
     steps_of_tile,
     total,
     walks_forwards,
-    zeros,
 )
 
 
-@triton.jit
-def _load_step(dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running,
-               running_before, H: tl.constexpr, TEXTBOOK: tl.constexpr):  # fmt: skip
-    """What a step of the walk reads, all [BLOCK_H, BLOCK_B] and 0 for sequences without it: dy, r,
-    z, n, gh_n (torch), and the state before, which is h0 for sequences that begin with it."""
-    mask = mask_h[:, None] & (offs_b < running)[None, :]
-    mask_inner = mask_h[:, None] & (offs_b < tl.minimum(running, running_before))[None, :]
-    mask_first = mask_h[:, None] & ((offs_b < running) & (offs_b >= running_before))[None, :]
-    dy_t = tl.load(dy + own_y, mask=mask, other=0.0)
-    r = tl.load(gates + own_gates, mask=mask, other=0.0)
-    z = tl.load(gates + own_gates + H, mask=mask, other=0.0)
-    n = tl.load(gates + own_gates + 2 * H, mask=mask, other=0.0)
+@gluon.jit
+def _load_step(dy, gates, before, mask, H: gl.constexpr, TEXTBOOK: gl.constexpr):
+    """What a step of the walk reads, all [BLOCK_H, BLOCK_B]: dy, r, z, n, gh_n (torch) and the
+    state before."""
+    r, z, n = load3(gates, mask, H)
     gh_n = n
     if not TEXTBOOK:
-        gh_n = tl.load(gates + own_gates + 3 * H, mask=mask, other=0.0)
-    h = tl.load(y_before + own_y, mask=mask_inner, other=0.0)
-    h += tl.load(h0 + own_h, mask=mask_first, other=0.0)
-    return dy_t, r, z, n, gh_n, h
+        gh_n = gl.load(gates + 3 * H, mask=mask, other=0.0)
+    h = gl.load(before, mask=mask, other=0.0)
+    return gl.load(dy, mask=mask, other=0.0), r, z, n, gh_n, h
 
 
-@triton.jit(
-    do_not_specialize=["T", "B", "wait_limit", "first_direction"],
-    # Read once a launch, and often from a view: any offset is the same kernel.
-    do_not_specialize_on_alignment=["dh_n_ptr", "h0_ptr", "offsets_ptr"],
-)
+@gluon.jit
+def _factors(saved, TEXTBOOK: gl.constexpr):
+    """All of a step that does not depend on dh: dy; what makes of dh (textbook: da_r of d(r ⊙ h))
+    da_r, da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
+    d(r ⊙ h) goes to the state before, and what of dh."""
+    r = saved[1].to(gl.float32)
+    z = saved[2].to(gl.float32)
+    n = saved[3].to(gl.float32)
+    h = saved[5].to(gl.float32)
+    if TEXTBOOK:
+        a_n = z * (1 - n * n)
+        a_z = (n - h) * z * (1 - z)
+        f = (saved[0].to(gl.float32), h * r * (1 - r), a_z, a_n, r, 1 - z)
+    else:
+        a_n = (1 - z) * (1 - n * n)
+        a_z = (h - n) * z * (1 - z)
+        a_r = a_n * saved[4].to(gl.float32) * r * (1 - r)
+        f = (saved[0].to(gl.float32), a_r, a_z, a_n * r, a_n, z)
+    return f
+
+
+@gluon.jit(do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
+           do_not_specialize_on_alignment=["dh_n_ptr", "offsets_ptr"])  # fmt: skip
 def _gru_backward_kernel(
     dy_ptr,  # [N, D, H]
     dh_n_ptr,  # [D, B, H]
-    w_hh_ptr,  # [D, 3, H_PAD, H_PAD]
-    h0_ptr,  # [D, B, H]
+    w_hh_ptr,  # [D, 3, H_PAD, H_PAD]  transposed: rows are the columns of U
+    h0_ptr,  # [B, D, H]
     y_ptr,  # [N, D, H]
     gates_ptr,  # [N, D, G, H]
     dgh_ptr,  # [N, D, 3, H_ROW]  exchanged: gradients of the recurrent products
@@ -60,153 +71,180 @@ def _gru_backward_kernel(
     error_ptr,
     T,
     B,
-    wait_limit,
+    rows,  # of a program's tile, at most BLOCK_B
+    wait_limit,  # polls
     first_direction,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
-    H_ROW: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SPIN: tl.constexpr,
-    SOLO: tl.constexpr,
-    TEXTBOOK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIDIRECTIONAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: gl.constexpr,
+    FORM: gl.constexpr,
+    TEXTBOOK: gl.constexpr,
+    REVERSE: gl.constexpr,
+    BIDIRECTIONAL: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
-    G: tl.constexpr = 3 if TEXTBOOK else 4
-    CHUNKS: tl.constexpr = H_PAD // BLOCK_K
-    PADDED: tl.constexpr = H != H_PAD
-    dtype = dgh_ptr.dtype.element_ty
-    deadline = deadline_from_now(wait_limit, SPIN)
+    H: gl.constexpr = FORM.H
+    H_ROW: gl.constexpr = FORM.H_ROW
+    G: gl.constexpr = 3 if TEXTBOOK else 4
+    SOLO: gl.constexpr = FORM.SOLO
+    CHUNKS: gl.constexpr = FORM.CHUNKS
+    SUMS: gl.constexpr = 2 if TEXTBOOK else 1
+    WAITED: gl.constexpr = 2 if TEXTBOOK else 3  # gates, after the last of them is published
+    # Make a step's factors, six an element, a step ahead, where there are few elements a thread.
+    EARLY: gl.constexpr = FORM.BLOCK_H * FORM.BLOCK_B <= 128 * FORM.WARPS
+    AHEAD: gl.constexpr = 2 if EARLY else 1  # so many steps ahead is loaded
+    L: gl.constexpr = FORM.out
+    dtype: gl.constexpr = dgh_ptr.dtype.element_ty
 
-    d = (first_direction + tl.program_id(2)).to(tl.int64)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    offs_b = tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    mask_h = offs_h < H
-    # The columns of U that belong to this program's units: rows of Uᵀ.
-    u_ptr = w_hh_ptr + d * (3 * H_PAD * H_PAD)
-    u_r = load_u(u_ptr, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
-    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
-    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, 1, H_PAD, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
+    d = (first_direction + gl.program_id(2)).to(gl.int64)
+    unit0 = gl.program_id(0) * FORM.BLOCK_H
+    unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))  # [BLOCK_H]
+    n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))  # [BLOCK_B]
+    mask_h = unit < H
+    u_r, u_z, u_n = load_us(w_hh_ptr + d * (3 * FORM.H_PAD * FORM.H_PAD), unit0, FORM)
+    parts, states, stages = shared_memory(dtype, SUMS, 3, FORM)
 
     # Against the direction of the forward pass.
     forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
-    step = tl.where(forwards, -1, 1).to(tl.int64)
+    step = gl.where(forwards, -1, 1)
+    dy_ptr += d * H
+    h0_ptr += d * H
+    y_ptr += d * H
+    gates_ptr += d * (G * H)
+    dgh_ptr += d * (3 * H_ROW)
+    dgx_ptr += d * (3 * H)
+    own_y = own_offsets(unit, D * H, FORM)
+    own_gates = own_offsets(unit, D * G * H, FORM)
+    own_dgh = own_offsets(unit, D * 3 * H_ROW, FORM)
+    own_dgx = own_offsets(unit, D * 3 * H, FORM)
+    own_h = own_offsets(unit, H, FORM)
 
-    own_y = offs_b[None, :] * (D * H) + offs_h[:, None]  # [BLOCK_H, BLOCK_B]
-    own_gates = offs_b[None, :] * (D * G * H) + offs_h[:, None]
-    own_dgh = offs_b[None, :] * (D * 3 * H_ROW) + offs_h[:, None]
-    own_dgx = offs_b[None, :] * (D * 3 * H) + offs_h[:, None]
-    own_h = offs_b[None, :] * H + offs_h[:, None]
-    offs_operand = operand_offsets(offs_b, D * 3 * H_ROW, BLOCK_K, SPLIT_K)
-
-    row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
-    while row0 < B:  # the batch tiles of this program, one after another
-        in_batch = offs_b < (B - row0).to(tl.int32)
-        mask = mask_h[:, None] & in_batch[None, :]  # [BLOCK_H, BLOCK_B]
-        dh = tl.load(dh_n_ptr + (d * B + row0) * H + own_h, mask=mask, other=0.0).to(tl.float32)
+    first_row = gl.program_id(1).to(gl.int64) * rows
+    for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
+        real = gl.minimum(rows, B - row0).to(gl.int32)
+        in_tile = mask_h[:, None] & (n_row < real)[None, :]  # [BLOCK_H, BLOCK_B]
+        h_rows = (d * B + row0) * H
+        dh = gl.load(dh_n_ptr + h_rows + own_h, mask=in_tile, other=0.0).to(gl.float32)
+        h0 = h0_ptr + row0 * (D * H)
+        awaited = awaited_offsets(awaited_rows(real - 1, FORM), D * 3 * H_ROW, FORM)
 
         steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
-        t = tl.where(forwards, steps - 1, 0).to(tl.int64)
+        t = gl.where(forwards, steps - 1, 0)
+        # Rows and how many of them run: of this step, of that which is loaded, of the one after it.
         row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-        before, running_before = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
-        dy = dy_ptr + (row * D + d) * H
-        gates = gates_ptr + (row * D + d) * (G * H)
-        y_before = y_ptr + (before * D + d) * H
-        h0 = h0_ptr + (d * B + row0) * H
-        dgh = dgh_ptr + (row * D + d) * (3 * H_ROW)
-        dgx = dgx_ptr + (row * D + d) * (3 * H)
-        saved = _load_step(
-            dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running,
-            running_before, H, TEXTBOOK,
-        )  # fmt: skip
-        for _ in range(steps):
-            dy_t = saved[0].to(tl.float32)
-            r = saved[1].to(tl.float32)
-            z = saved[2].to(tl.float32)
-            n = saved[3].to(tl.float32)
-            gh_n = saved[4].to(tl.float32)
-            h = saved[5].to(tl.float32)
-            # The next step's loads do not depend on the exchange: have them under way meanwhile.
-            # The pointers are moved on, not made anew: what a compiler can hoist, it keeps.
-            row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-            following, running_next = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
-            after, running_after = rows_of_step(offsets_ptr, t + 2 * step, row0, T, B, PACKED)
-            rows = (following - row) * D
-            dy += rows * H
-            gates += rows * (G * H)
-            y_before += (after - following) * (D * H)
-            saved = _load_step(
-                dy, gates, y_before, h0, own_y, own_gates, own_h, mask_h, offs_b, running_next,
-                running_after, H, TEXTBOOK,
-            )  # fmt: skip
-
-            mask = mask_h[:, None] & (offs_b < running)[None, :]
-            mask_row = (offs_h < H_ROW)[:, None] & (offs_b < running)[None, :]  # with the padding
-            mask_operand = beside_operand(offs_b < running, SPLIT_K)
-            dh_later = dh
-            dh += dy_t
-            acc = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
-            if TEXTBOOK:
-                da_n = dh * z * (1 - n * n)
-                da_z = dh * (n - h) * z * (1 - z)
-                publish(dgh + own_dgh + 2 * H_ROW, da_n, mask_row)
-                publish(dgh + own_dgh + H_ROW, da_z, mask_row)
-                acc_n = add_product(
-                    acc, u_n, da_n.to(dtype), dgh + 2 * H_ROW + offs_operand, mask_operand,
-                    deadline, error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
-                )  # fmt: skip
-                d_reset = total(acc_n, mask_h, SPLIT_K, PADDED)  # d(r ⊙ h)
-                da_r = d_reset * h * r * (1 - r)
-                publish(dgh + own_dgh, da_r, mask_row)
-                dh = dh * (1 - z) + d_reset * r
-                # z arrived with n long ago
-                acc = add_product(
-                    acc, u_z, da_z.to(dtype), dgh + H_ROW + offs_operand, mask_operand, deadline,
-                    error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
-                )  # fmt: skip
-                acc = add_product(
-                    acc, u_r, da_r.to(dtype), dgh + offs_operand, mask_operand, deadline,
-                    error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
-                )  # fmt: skip
-            else:
-                da_n = dh * (1 - z) * (1 - n * n)
-                da_z = dh * (h - n) * z * (1 - z)
-                da_r = da_n * gh_n * r * (1 - r)
-                dgh_n = da_n * r
-                publish(dgh + own_dgh, da_r, mask_row)
-                publish(dgh + own_dgh + H_ROW, da_z, mask_row)
-                publish(dgh + own_dgh + 2 * H_ROW, dgh_n, mask_row)
-                tl.store(dgx + own_dgx, da_r.to(dtype), mask=mask)
-                tl.store(dgx + own_dgx + H, da_z.to(dtype), mask=mask)
-                tl.store(dgx + own_dgx + 2 * H, da_n.to(dtype), mask=mask)
-                dh = dh * z
-                if SOLO:
-                    da_r = operand(da_r.to(dtype), PRECISION)
-                    da_z = operand(da_z.to(dtype), PRECISION)
-                    dgh_n = operand(dgh_n.to(dtype), PRECISION)
-                    acc = tl.dot(u_r[0], da_r, acc, input_precision=PRECISION)
-                    acc = tl.dot(u_z[0], da_z, acc, input_precision=PRECISION)
-                    acc = tl.dot(u_n[0], dgh_n, acc, input_precision=PRECISION)
-                else:  # the gates lie next to each other: one product with K = 3 H_PAD
-                    acc = add_product(
-                        acc, u_r + u_z + u_n, acc, dgh + offs_operand, mask_operand, deadline,
-                        error_ptr, BLOCK_K, 3 * CHUNKS, SPIN, SOLO, PRECISION,
-                    )  # fmt: skip
-            dh += total(acc, mask_h, SPLIT_K, PADDED)
+        load_row, load_running = row, running
+        after_row, after_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+        middle_row, middle_running = row, running
+        for k in gl.static_range(AHEAD):
             if PACKED:
-                dh = tl.where(mask, dh, dh_later)
-            dgh += rows * (3 * H_ROW)
-            dgx += rows * (3 * H)
-            t += step
-        mask = mask_h[:, None] & in_batch[None, :]
-        tl.store(dh0_ptr + (d * B + row0) * H + own_h, dh.to(dtype), mask=mask)
-        row0 += tl.num_programs(1) * BLOCK_B
+                mask = mask_h[:, None] & (n_row < gl.minimum(load_running, real))[None, :]
+                from_h0 = (n_row >= after_running)[None, :]
+            else:
+                mask = in_tile & (k < steps)
+                from_h0 = k + 1 >= steps
+            before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
+            dy = dy_ptr + load_row * (D * H) + own_y
+            gates = gates_ptr + load_row * (D * G * H) + own_gates
+            saved = _load_step(dy, gates, before, mask, H, TEXTBOOK)
+            if k + 1 < AHEAD:
+                f = _factors(saved, TEXTBOOK)
+            middle_row, middle_running = load_row, load_running
+            load_row, load_running = after_row, after_running
+            after_row, after_running = rows_of_step(
+                offsets_ptr, t + step * (k + 2), row0, T, B, PACKED
+            )
+
+        pairs = steps - steps % 2
+        for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
+            for i in range(pairs if last else 0, steps if last else pairs, 1 if last else 2):
+                for half in gl.static_range(1 if last else 2):
+                    place = parts[SUMS * half : SUMS * half + SUMS]
+                    if PACKED:
+                        end = gl.minimum(running, real)
+                        mask = mask_h[:, None] & (n_row < end)[None, :]
+                        awaited_now = awaited_offsets(
+                            awaited_rows(end - 1, FORM), D * 3 * H_ROW, FORM
+                        )
+                    else:
+                        mask = in_tile
+                        awaited_now = awaited
+                    if not EARLY:
+                        f = _factors(saved, TEXTBOOK)
+                    # gates, publish
+                    dh_later = dh
+                    dh += f[0]
+                    da_z = dh * f[2]
+                    dgh_n = dh * f[3]
+                    row_dgh = dgh_ptr + row * (D * 3 * H_ROW)
+                    dgh = row_dgh + own_dgh
+                    if SOLO:
+                        states[3 * half + 1].store(da_z.to(dtype))
+                        states[3 * half + 2].store(dgh_n.to(dtype))
+                    if not TEXTBOOK:
+                        da_r = dh * f[1]
+                        if SOLO:
+                            states[3 * half].store(da_r.to(dtype))
+                        publish(dgh, da_r, mask, FORM)
+                    publish(dgh + H_ROW, da_z, mask, FORM)
+                    publish(dgh + 2 * H_ROW, dgh_n, mask, FORM)
+                    if TEXTBOOK:
+                        # wait, product, total: d(r ⊙ h), and the reset gate's share
+                        if SOLO:
+                            awaited_n = (states[3 * half + 2],)
+                        else:
+                            source = row_dgh + 2 * H_ROW + awaited_now
+                            awaited_n = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
+                        d_reset = total(sums[0], place[1], mask_h, FORM)
+                        da_r = d_reset * f[1]
+                        if SOLO:
+                            states[3 * half].store(da_r.to(dtype))
+                        publish(dgh, da_r, mask, FORM)
+                        dh = dh * f[5] + d_reset * f[4]
+                    else:
+                        dgx = dgx_ptr + row * (D * 3 * H) + own_dgx
+                        gl.store(dgx, da_r.to(dtype), mask=mask)
+                        gl.store(dgx + H, da_z.to(dtype), mask=mask)
+                        gl.store(dgx + 2 * H, (dh * f[4]).to(dtype), mask=mask)
+                        dh = dh * f[5]
+                    # wait
+                    if SOLO:
+                        tiles = states[3 * half : 3 * half + WAITED]
+                    else:
+                        source = row_dgh + awaited_now
+                        tiles = wait(source, wait_limit, error_ptr, WAITED * CHUNKS, FORM)
+                    if EARLY:
+                        f = _factors(saved, TEXTBOOK)
+                    # product, and what the next steps read under way
+                    u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
+                    sums = product((u,), tiles, stages, place[0:1], FORM)
+                    if PACKED:
+                        load_mask = mask_h[:, None] & (n_row < gl.minimum(load_running, real))[None, :]
+                        from_h0 = (n_row >= after_running)[None, :]
+                    else:
+                        load_mask = in_tile & (i + half + AHEAD < steps)
+                        from_h0 = i + half + AHEAD + 1 >= steps
+                    before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
+                    dy = dy_ptr + load_row * (D * H) + own_y
+                    gates = gates_ptr + load_row * (D * G * H) + own_gates
+                    saved = _load_step(dy, gates, before, load_mask, H, TEXTBOOK)
+                    # total
+                    dh += total(sums[0], place[0], mask_h, FORM)
+                    # on
+                    if PACKED:
+                        dh = gl.where(mask, dh, dh_later)
+                        t += step
+                        row, running = middle_row, middle_running
+                        if AHEAD == 1:
+                            row, running = load_row, load_running
+                        middle_row, middle_running = load_row, load_running
+                        load_row, load_running = after_row, after_running
+                        after_row, after_running = rows_of_step(
+                            offsets_ptr, t + step * (AHEAD + 1), row0, T, B, PACKED
+                        )
+                    else:
+                        row += step * B
+                        load_row += step * B
+                        after_row += step * B
+        gl.store(dh0_ptr + h_rows + own_h, dh.to(dtype), mask=in_tile)
 
 
 def gru_backward(
@@ -232,10 +270,12 @@ def gru_backward(
     B = h0.shape[1]
     assert (H, D) == (plan.H, plan.D)
     rows = *shape, D, 3, plan.row
-    dgh = y.new_empty(rows) if plan.solo else unwritten(*rows, like=y)
+    dgh = y.new_empty(rows) if plan.solo else unwritten(*rows, H=H, like=y)
     dgx = y.new_empty(0 if textbook else (*shape, D, 3 * H))
     dh0 = y.new_empty(D, B, H)
-    arguments = dy, dh_n, pad_hidden(w_hh, plan.H_pad), h0, y, gates, dgh, dgx, dh0
+    u = pad_hidden(w_hh, plan.H_pad, transposed=True)
+    h0_rows = aligned(h0.transpose(0, 1))  # as y's
+    arguments = dy, dh_n, u, h0_rows, y, gates, dgh, dgx, dh0
     switches = {"TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     launch(_gru_backward_kernel, arguments, offsets, shape, B, plan, **switches)
     dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding

@@ -1,8 +1,8 @@
 """How the programs of a group hand tiles to each other: the data is the flag.
 
 Every exchanged tensor is filled with a sentinel (all bits one) before the launch. The owner of an
-element stores it once; a reader loads its tile and loads again whatever still is the sentinel.
-There is no barrier, no counter and nothing to reset between launches. Two rules make it right:
+element stores it once; a reader loads its tile until no element is the sentinel. There is no
+barrier, no counter and nothing to reset between launches. Two rules make it right:
 
 * `publish` never stores the sentinel. All bits one is a NaN, so a NaN is moved to another NaN.
 * Every wait is bounded. A wait that runs out sets the error flag and goes on with the sentinel,
@@ -10,137 +10,147 @@ There is no barrier, no counter and nothing to reset between launches. Two rules
 """
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import globaltimer
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 _INTEGER = {2: torch.int16, 4: torch.int32}
 
 
-def unwritten(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of this shape, with `like`'s dtype and device, in which nothing has arrived yet."""
+def unwritten(*shape: int, H: int, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape, with `like`'s dtype and device, in which nothing has arrived yet but
+    what nobody publishes: the padding of rows beyond their first H elements, which is 0."""
     tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
     tensor.view(_INTEGER[tensor.itemsize]).fill_(-1)
+    tensor[..., H:] = 0
     return tensor
 
 
-@triton.jit
-def deadline_from_now(limit, SPIN: tl.constexpr):
-    """The clock at which waits give up; for the plain form (SPIN = 0), the number of polls."""
-    if SPIN > 0:
-        return globaltimer() + limit
-    else:
-        return limit
+@gluon.jit
+def publish(ptrs, value, mask, FORM: gl.constexpr):
+    """Store `value`, rounded to the stored type, so that none of it looks like the sentinel: on
+    integer bits, of which a compiler cannot think what it likes about NaN, all ones become one less.
+    Where nothing is exchanged, a plain store.
 
-
-@triton.jit
-def publish(ptrs, value, mask):
-    """Store `value`, rounded to the stored type, so that none of it looks like the sentinel."""
+    FORM.PAIRS: a thread holds neighbours in memory (of 16 bits), two by two, and stores both at
+    once, by the first one's mask: a second one beyond H is 0, as the padding there."""
     v = value.to(ptrs.dtype.element_ty)
-    # On integer bits: a compiler may fold a float test for NaN, but never this.
-    if v.dtype.primitive_bitwidth == 16:
-        bits = v.to(tl.int16, bitcast=True)
+    # The results of the assembly are there because it must have some; nobody reads them.
+    if FORM.SOLO:
+        gl.store(ptrs, v, mask=mask)
+    elif FORM.BITS == 32:
+        asm: gl.constexpr = """{
+            .reg .pred p; .reg .b32 v;
+            min.u32 v, $2, 0xFFFFFFFE;
+            setp.ne.b32 p, $3, 0;
+            @p st.relaxed.gpu.global.b32 [$1], v;
+            mov.b32 $0, 0;
+        }"""
+        gl.inline_asm_elementwise(
+            asm, "=r,l,r,r",
+            [ptrs.to(gl.int64), v.to(gl.int32, bitcast=True), mask.to(gl.int32)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif FORM.PAIRS:
+        asm_pairs: gl.constexpr = """{
+            .reg .pred p; .reg .b16 a, b; .reg .b32 v;
+            mov.b32 {a, b}, $4;
+            min.u16 a, a, 0xFFFE;
+            min.u16 b, b, 0xFFFE;
+            mov.b32 v, {a, b};
+            setp.ne.b32 p, $5, 0;
+            @p st.relaxed.gpu.global.b32 [$2], v;
+            mov.b32 $0, 0; mov.b32 $1, 0;
+        }"""
+        gl.inline_asm_elementwise(
+            asm_pairs, "=r,=r,l,l,r,r,r", [ptrs.to(gl.int64), v, mask.to(gl.int32)],
+            dtype=gl.int32, is_pure=False, pack=2,
+        )  # fmt: skip
     else:
-        bits = v.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == -1, bits & ~1, bits)
-    tl.store(ptrs, bits.to(v.dtype, bitcast=True), mask=mask)
+        asm_one: gl.constexpr = """{
+            .reg .pred p; .reg .b16 v;
+            min.u16 v, $2, 0xFFFE;
+            setp.ne.b32 p, $3, 0;
+            @p st.relaxed.gpu.global.b16 [$1], v;
+            mov.b32 $0, 0;
+        }"""
+        gl.inline_asm_elementwise(
+            asm_one, "=r,l,h,r",
+            [ptrs.to(gl.int64), v.to(gl.int16, bitcast=True), mask.to(gl.int32)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
-@triton.jit
-def peek(ptrs, mask):
-    """Load an exchanged tile as it is now. Masked elements read 0, which counts as arrived."""
-    return tl.load(ptrs, mask=mask, other=0.0, volatile=True)
+@gluon.jit
+def wait(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
+    """A tuple of the exchanged tiles at ptrs, ptrs + TILE_STRIDE bytes and so on, once all that
+    this thread holds of them has arrived.
+
+    Each thread spins over its own 16-byte vectors, with no barrier: a vector is 8 (or 4) elements
+    of the tile that are the thread's, in this order, and neighbours in memory. Which, and how far
+    they are apart, `FORM` says. Bounded: after `limit` polls the error flag is set."""
+    types: gl.constexpr = _repeated(ptrs.dtype.element_ty, TILES)
+    return gl.inline_asm_elementwise(
+        _wait_asm(TILES, FORM),
+        _wait_constraints(TILES, FORM),
+        [ptrs.to(gl.int64), limit, error_ptr.to(gl.int64)],
+        dtype=types,
+        is_pure=False,
+        pack=FORM.VECTORS * 128 // FORM.BITS,
+    )
 
 
-@triton.jit
-def settle(tile, ptrs, mask, deadline, error_ptr, SPIN: tl.constexpr):
-    """`tile` was peeked from `ptrs`; wait until all of it has arrived, and return it.
+@gluon.constexpr_function
+def _repeated(element, count):
+    return [element] * count
 
-    SPIN: elements of the tile that one thread holds, a multiple of a 16-byte vector. Each thread
-    then spins over its own vectors, with no barrier. 0: the plain form, for the interpreter."""
-    if SPIN > 0:
-        bits: tl.constexpr = tile.dtype.primitive_bitwidth
-        vectors: tl.constexpr = SPIN * bits // 128
-        tile = tl.inline_asm_elementwise(
-            _spin_asm(vectors, bits),
-            _spin_constraints(vectors, bits),
-            [tile, ptrs.to(tl.int64), deadline, error_ptr.to(tl.int64)],
-            dtype=tile.dtype,
-            is_pure=False,
-            pack=SPIN,
-        )
+
+@gluon.constexpr_function
+def _wait_asm(tiles, form):
+    """PTX for one thread: load its vectors of each tile until no element is the sentinel.
+
+    Operands: the 4 words of each vector, out; then for each element of a tile its address (used of
+    the first vector in each row; the others are constants away), the limit, the flag's address."""
+    vectors, bits = form.VECTORS, form.BITS
+    outs, inputs = 4 * tiles * vectors, 128 // bits * vectors
+    words = [f"${k}" for k in range(outs)]
+    limit, flag = f"${outs + inputs}", f"${outs + 2 * inputs}"
+    lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;", "TRY:"]
+    for t in range(tiles):
+        for v in range(vectors):
+            in_row = v % form.PER_ROW
+            address = f"${outs + 128 // bits * (v - in_row)}"
+            offset = t * form.TILE_STRIDE + in_row * form.VECTOR_STRIDE
+            four = ", ".join(words[4 * (t * vectors + v) :][:4])
+            lines += [f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [{address}+{offset}];"]
+    if bits == 32:
+        lines += [f"max.u32 a, {words[0]}, {words[1]};"]
+        lines += [f"max.u32 a, a, {w};" for w in words[2:]]
+        lines += ["setp.ne.u32 p, a, 0xFFFFFFFF;"]
     else:
-        polls = 0
-        pending = _missing(tile)
-        while pending != 0:
-            tile = peek(ptrs, mask)
-            polls += 1
-            if polls >= deadline:
-                tl.store(error_ptr, 1)
-            failed = tl.load(error_ptr, volatile=True)
-            pending = tl.where(failed != 0, 0, _missing(tile))
-    return tile
-
-
-@triton.jit
-def _missing(tile):
-    """1 if any element of the tile is the sentinel, else 0."""
-    if tile.dtype.primitive_bitwidth == 16:
-        bits = tile.to(tl.int16, bitcast=True)
-    else:
-        bits = tile.to(tl.int32, bitcast=True)
-    return tl.max(tl.ravel((bits == -1).to(tl.int32)), axis=0)
-
-
-@triton.constexpr_function
-def _spin_asm(vectors, bits):
-    """PTX for one thread: wait for `vectors` 16-byte vectors of elements of 16 or 32 bits.
-
-    Operands, in order: the 4 words of each vector out, the same in (as peeked), the address of
-    each element, the deadline and the flag's address (once per element; the first is used)."""
-    per_vector = 128 // bits
-    elements = per_vector * vectors
-
-    def out(v, word):
-        return f"${4 * v + word}"
-
-    def peeked(v, word):
-        return f"${4 * vectors + 4 * v + word}"
-
-    def address(v, element):
-        return f"${8 * vectors + per_vector * v + element}"
-
-    deadline, flag = f"${8 * vectors + elements}", f"${8 * vectors + 2 * elements}"
-    lines = ["{", ".reg .pred any;", ".reg .b32 t, a;", ".reg .b64 d;"]
-    lines += [f".reg .pred p{v};" for v in range(vectors)]
-    for v in range(vectors):
-        lines += [f"mov.b32 {out(v, w)}, {peeked(v, w)};" for w in range(4)]
-    lines += ["TRY:"]
-    for v in range(vectors):
-        if bits == 16:
-            # Is any half word 0xFFFF? Each half on its own: its neighbour may not have arrived.
-            # With u = ~w: some half of u is 0 <=> (u - 0x00010001) & ~u & 0x80008000 != 0.
-            lines += [f"sub.u32 t, 0xFFFEFFFE, {out(v, 0)};", f"and.b32 a, t, {out(v, 0)};"]
-            for w in range(1, 4):
-                lines += [f"sub.u32 t, 0xFFFEFFFE, {out(v, w)};"]
-                lines += [f"lop3.b32 a, t, {out(v, w)}, a, 0xEA;"]  # (t & w) | a
-            lines += ["and.b32 a, a, 0x80008000;", f"setp.ne.u32 p{v}, a, 0;"]
+        # Is any half word 0xFFFF? Each half on its own: its neighbour may not have arrived.
+        # With u = ~w: some half of u is 0 <=> (u - 0x00010001) & ~u & 0x80008000 != 0.
+        if form.NEWER:  # one test of the halves' maxima, made by two chains
+            lines += [f"max.u16x2 a, {words[0]}, {words[1]};"]
+            lines += [f"max.u16x2 b, {words[2]}, {words[3]};"]
+            for k in range(4, outs, 2):
+                lines += [f"max.u16x2 a, a, {words[k]};", f"max.u16x2 b, b, {words[k + 1]};"]
+            lines += ["max.u16x2 a, a, b;", "sub.u32 b, 0xFFFEFFFE, a;", "and.b32 a, a, b;"]
         else:
-            lines += [f"max.u32 a, {out(v, 0)}, {out(v, 1)};"]
-            lines += [f"max.u32 a, a, {out(v, w)};" for w in (2, 3)]
-            lines += [f"setp.eq.u32 p{v}, a, 0xFFFFFFFF;"]
-    lines += ["mov.pred any, p0;"]
-    lines += [f"or.pred any, any, p{v};" for v in range(1, vectors)]
-    lines += ["@!any bra DONE;"]
-    for v in range(vectors):
-        words = ", ".join(out(v, w) for w in range(4))
-        lines += [f"@p{v} ld.relaxed.gpu.global.v4.b32 {{{words}}}, [{address(v, 0)}];"]
-    lines += ["mov.u64 d, %globaltimer;", f"setp.lt.s64 any, d, {deadline};", "@any bra TRY;"]
-    lines += ["mov.b32 a, 1;", f"st.relaxed.sys.global.b32 [{flag}], a;", "DONE:", "}"]
+            lines += [f"sub.u32 b, 0xFFFEFFFE, {words[0]};", f"and.b32 a, b, {words[0]};"]
+            for w in words[1:]:
+                lines += [f"sub.u32 b, 0xFFFEFFFE, {w};", f"lop3.b32 a, b, {w}, a, 0xEA;"]  # b&w|a
+        lines += ["and.b32 a, a, 0x80008000;", "setp.eq.u32 p, a, 0;"]
+    lines += ["@p bra DONE;", "add.u32 i, i, 1;", "and.b32 a, i, 63;", "setp.eq.u32 p, a, 0;"]
+    lines += ["@p bra OTHERS;", "MORE:", f"setp.lt.u32 p, i, {limit};", "@p bra TRY;"]
+    lines += ["mov.b32 a, 1;", f"st.relaxed.sys.global.b32 [{flag}], a;", "bra DONE;"]
+    # Every 64th time: has another wait run out? Then all that follow are short, too.
+    lines += ["OTHERS:", f"ld.relaxed.sys.global.b32 b, [{flag}];"]
+    lines += ["setp.eq.u32 p, b, 0;", "@p bra MORE;", "DONE:", "}"]
     return "\n".join(lines)
 
 
-@triton.constexpr_function
-def _spin_constraints(vectors, bits):
-    words, elements = 4 * vectors, 128 // bits * vectors
-    return ",".join(["=&r"] * words + ["r"] * words + ["l"] * (3 * elements))
+@gluon.constexpr_function
+def _wait_constraints(tiles, form):
+    inputs = 128 // form.BITS * form.VECTORS
+    outs = ["=&r"] * (4 * tiles * form.VECTORS)  # written while inputs are still to be read
+    return ",".join([*outs, *["l"] * inputs, *["r"] * inputs, *["l"] * inputs])

@@ -2,30 +2,32 @@
 
 import math
 
-import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from .exchange import deadline_from_now, peek, publish, settle, unwritten
+from .exchange import publish, unwritten, wait
 from .launch import launch
 from .plan import LaunchPlan, pad_hidden
 from .tiles import (
-    add_product,
-    beside_operand,
-    load_u,
-    operand,
-    operand_offsets,
+    awaited_offsets,
+    awaited_rows,
+    load3,
+    load_us,
+    own_offsets,
+    product,
     rows_of_step,
+    shared_memory,
+    sigmoid,
     steps_of_tile,
     tanh,
     total,
     walks_forwards,
-    zeros,
 )
 
 
-@triton.jit(
-    do_not_specialize=["T", "B", "wait_limit", "first_direction"],
+@gluon.jit(
+    do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
     # Read once a launch, and often from a view: any offset is the same kernel.
     do_not_specialize_on_alignment=["b_hh_ptr", "h0_ptr", "offsets_ptr"],
 )
@@ -42,155 +44,163 @@ def _gru_forward_kernel(
     error_ptr,
     T,
     B,
-    wait_limit,
+    rows,  # of a program's tile, at most BLOCK_B
+    wait_limit,  # polls
     first_direction,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
-    H_ROW: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SPIN: tl.constexpr,
-    SOLO: tl.constexpr,
-    TEXTBOOK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIDIRECTIONAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: gl.constexpr,
+    FORM: gl.constexpr,
+    TEXTBOOK: gl.constexpr,
+    REVERSE: gl.constexpr,
+    BIDIRECTIONAL: gl.constexpr,
+    PACKED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SAVE: gl.constexpr,
 ):
-    G: tl.constexpr = 3 if TEXTBOOK else 4
-    CHUNKS: tl.constexpr = H_PAD // BLOCK_K
-    PADDED: tl.constexpr = H != H_PAD
-    dtype = y_ptr.dtype.element_ty
-    deadline = deadline_from_now(wait_limit, SPIN)
+    H: gl.constexpr = FORM.H
+    H_ROW: gl.constexpr = FORM.H_ROW
+    G: gl.constexpr = 3 if TEXTBOOK else 4
+    SOLO: gl.constexpr = FORM.SOLO
+    CHUNKS: gl.constexpr = FORM.CHUNKS
+    L: gl.constexpr = FORM.out
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
 
-    d = (first_direction + tl.program_id(2)).to(tl.int64)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    offs_b = tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    mask_h = offs_h < H
-    u_ptr = w_hh_ptr + d * (3 * H_PAD * H_PAD)
-    u_r = load_u(u_ptr, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
-    u_z = load_u(u_ptr + H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
-    u_n = load_u(u_ptr + 2 * H_PAD * H_PAD, offs_h, H_PAD, 1, H_PAD, BLOCK_K, SPLIT_K, PRECISION)
-    b_r = tl.zeros([BLOCK_H, 1], tl.float32)
+    d = (first_direction + gl.program_id(2)).to(gl.int64)
+    unit0 = gl.program_id(0) * FORM.BLOCK_H
+    unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))  # [BLOCK_H]
+    n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))  # [BLOCK_B]
+    mask_h = unit < H
+    u_r, u_z, u_n = load_us(w_hh_ptr + d * (3 * FORM.H_PAD * FORM.H_PAD), unit0, FORM)
+    parts, states, stages = shared_memory(dtype, 3, 2 if TEXTBOOK else 1, FORM)
+    b_r = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
     b_z = b_r
     b_n = b_r
     if HAS_BIAS:
-        bias = b_hh_ptr + d * (3 * H) + offs_h
-        b_r = tl.load(bias, mask=mask_h, other=0.0).to(tl.float32)[:, None]
-        b_z = tl.load(bias + H, mask=mask_h, other=0.0).to(tl.float32)[:, None]
-        b_n = tl.load(bias + 2 * H, mask=mask_h, other=0.0).to(tl.float32)[:, None]
+        bias = load3(b_hh_ptr + d * (3 * H) + unit, mask_h, H)
+        b_r = bias[0].to(gl.float32)[:, None]
+        b_z = bias[1].to(gl.float32)[:, None]
+        b_n = bias[2].to(gl.float32)[:, None]
 
-    N = tl.load(offsets_ptr + T) if PACKED else T.to(tl.int64) * B
+    N = gl.load(offsets_ptr + T) if PACKED else T.to(gl.int64) * B
     forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
-    step = tl.where(forwards, 1, -1).to(tl.int64)
+    step = gl.where(forwards, 1, -1)
+    gx_ptr += d * (3 * H)
+    y_ptr += d * H_ROW
+    rh_ptr += d * H_ROW
+    gates_ptr += d * (G * H)
+    own_gx = own_offsets(unit, D * 3 * H, FORM)
+    own_y = own_offsets(unit, D * H_ROW, FORM)
+    own_gates = own_offsets(unit, D * G * H, FORM)
+    own_h = own_offsets(unit, H, FORM)
 
-    own = offs_b[None, :] * (D * H_ROW) + offs_h[:, None]  # [BLOCK_H, BLOCK_B]
-    own_gx = offs_b[None, :] * (D * 3 * H) + offs_h[:, None]
-    own_gates = offs_b[None, :] * (D * G * H) + offs_h[:, None]
-    own_h = offs_b[None, :] * H + offs_h[:, None]
-    offs_operand = operand_offsets(offs_b, D * H_ROW, BLOCK_K, SPLIT_K)
-
-    row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
-    while row0 < B:  # the batch tiles of this program, one after another
-        in_batch = offs_b < (B - row0).to(tl.int32)
-        mask = mask_h[:, None] & in_batch[None, :]  # [BLOCK_H, BLOCK_B]
-        h = tl.load(h0_ptr + (d * B + row0) * H + own_h, mask=mask, other=0.0).to(tl.float32)
-        if not SOLO:
-            mask_row = (offs_h < H_ROW)[:, None] & in_batch[None, :]
-            publish(y_ptr + ((N + row0) * D + d) * H_ROW + own, h, mask_row)
+    first_row = gl.program_id(1).to(gl.int64) * rows
+    for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
+        real = gl.minimum(rows, B - row0).to(gl.int32)
+        mask = mask_h[:, None] & (n_row < real)[None, :]  # [BLOCK_H, BLOCK_B]
+        h_rows = (d * B + row0) * H
+        h = gl.load(h0_ptr + h_rows + own_h, mask=mask, other=0.0).to(gl.float32)
+        before = N + row0  # the row of the state before a step: h0's in the first one
+        if SOLO:
+            states[0].store(h.to(dtype))
+        else:
+            publish(y_ptr + before * (D * H_ROW) + own_y, h, mask, FORM)
+        awaited = awaited_offsets(awaited_rows(real - 1, FORM), D * H_ROW, FORM)
 
         steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
-        t = tl.where(forwards, 0, steps - 1).to(tl.int64)
+        t = gl.where(forwards, 0, steps - 1)
         row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-        gx = gx_ptr + (row * D + d) * (3 * H)
-        mask = mask_h[:, None] & (offs_b < running)[None, :]
-        gx_r = tl.load(gx + own_gx, mask=mask, other=0.0)
-        gx_z = tl.load(gx + own_gx + H, mask=mask, other=0.0)
-        gx_n = tl.load(gx + own_gx + 2 * H, mask=mask, other=0.0)
+        next_row, next_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+        running_before = 0 * running
+        if PACKED:
+            mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
+        gx = load3(gx_ptr + row * (D * 3 * H) + own_gx, mask, H)
 
-        for _ in range(steps):
-            a_r = gx_r.to(tl.float32) + b_r
-            a_z = gx_z.to(tl.float32) + b_z
-            a_n = gx_n.to(tl.float32)
-            # The next step's input does not depend on the exchange: have it under way meanwhile.
-            row, running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
-            gx = gx_ptr + (row * D + d) * (3 * H)
-            mask = mask_h[:, None] & (offs_b < running)[None, :]
-            gx_r = tl.load(gx + own_gx, mask=mask, other=0.0)
-            gx_z = tl.load(gx + own_gx + H, mask=mask, other=0.0)
-            gx_n = tl.load(gx + own_gx + 2 * H, mask=mask, other=0.0)
-
-            row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-            row = row * D + d
-            mask = mask_h[:, None] & (offs_b < running)[None, :]
-            mask_row = (offs_h < H_ROW)[:, None] & (offs_b < running)[None, :]  # with the padding
-            mask_operand = beside_operand(offs_b < running, SPLIT_K)
-            # The state before is h0 in a sequence's first step: for all of them at once or, when
-            # packed sequences are walked from their ends, each in its own step.
-            before, running = rows_of_step(offsets_ptr, t - step, row0, T, B, PACKED)
-            if PACKED:
-                before = tl.where(offs_b < running, before, N + row0)  # [BLOCK_B]
-                before = beside_operand(before, SPLIT_K)
-            else:
-                before = tl.where(running > 0, before, N + row0)
-            source = y_ptr + (before * D + d) * H_ROW + offs_operand
-
-            acc_r = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
-            acc_z = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
-            acc_n = zeros(BLOCK_H, BLOCK_B, SPLIT_K)
-            if SOLO:
-                state = operand(h.to(dtype), PRECISION)
-            else:
-                ahead = peek(source, mask_operand)
-            for c in tl.static_range(CHUNKS):
-                if not SOLO:
-                    chunk = source + c * BLOCK_K
-                    state = settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)
-                    state = operand(state, PRECISION)
-                    if c + 1 < CHUNKS:  # in flight while this chunk is multiplied
-                        ahead = peek(chunk + BLOCK_K, mask_operand)
-                acc_r = tl.dot(u_r[c], state, acc_r, input_precision=PRECISION)
-                acc_z = tl.dot(u_z[c], state, acc_z, input_precision=PRECISION)
-                if not TEXTBOOK:
-                    acc_n = tl.dot(u_n[c], state, acc_n, input_precision=PRECISION)
-
-            r = tl.sigmoid(a_r + total(acc_r, mask_h, SPLIT_K, PADDED))
-            if TEXTBOOK:
-                reset = r * h
-                rh = rh_ptr + row * H_ROW
-                if not SOLO:
-                    publish(rh + own, reset, mask_row)
-                z = tl.sigmoid(a_z + total(acc_z, mask_h, SPLIT_K, PADDED))
-                acc_n = add_product(
-                    acc_n, u_n, reset.to(dtype), rh + offs_operand, mask_operand,
-                    deadline, error_ptr, BLOCK_K, CHUNKS, SPIN, SOLO, PRECISION,
-                )  # fmt: skip
-                n = tanh(a_n + b_n + total(acc_n, mask_h, SPLIT_K, PADDED))
-                h_next = (1 - z) * h + z * n
-            else:
-                z = tl.sigmoid(a_z + total(acc_z, mask_h, SPLIT_K, PADDED))
-                gh_n = b_n + total(acc_n, mask_h, SPLIT_K, PADDED)
-                n = tanh(a_n + r * gh_n)
-                h_next = (1 - z) * n + z * h
-            publish(y_ptr + row * H_ROW + own, h_next, mask_row)
-            h = tl.where(mask, h_next, h) if PACKED else h_next
-
-            if SAVE:
-                gates = gates_ptr + row * (G * H)
-                tl.store(gates + own_gates, r.to(dtype), mask=mask)
-                tl.store(gates + own_gates + H, z.to(dtype), mask=mask)
-                tl.store(gates + own_gates + 2 * H, n.to(dtype), mask=mask)
-                if not TEXTBOOK:
-                    tl.store(gates + own_gates + 3 * H, gh_n.to(dtype), mask=mask)
-            t += step
-        mask = mask_h[:, None] & in_batch[None, :]
-        tl.store(h_n_ptr + (d * B + row0) * H + own_h, h.to(dtype), mask=mask)
-        row0 += tl.num_programs(1) * BLOCK_B
+        pairs = steps - steps % 2
+        for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
+            for i in range(pairs if last else 0, steps if last else pairs, 1 if last else 2):
+                for half in gl.static_range(1 if last else 2):
+                    if PACKED:
+                        end = awaited_rows(gl.minimum(running, real) - 1, FORM)
+                        rows_before = gl.where(end < running_before, before, N + row0) + end
+                    # wait
+                    if SOLO:
+                        state = (states[half],)
+                    elif PACKED:
+                        source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
+                        state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                    else:
+                        source = y_ptr + before * (D * H_ROW) + awaited
+                        state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                    a_r = gx[0].to(gl.float32) + b_r
+                    a_z = gx[1].to(gl.float32) + b_z
+                    a_n = gx[2].to(gl.float32)
+                    # product, and the next step's input under way: where nothing is waited for,
+                    # before the product, else after what was waited for is used
+                    if PACKED:
+                        next_mask = mask_h[:, None] & (n_row < gl.minimum(next_running, real))[None, :]
+                    else:
+                        next_mask = mask & (i + half + 1 < steps)
+                    source_gx = gx_ptr + next_row * (D * 3 * H) + own_gx
+                    if SOLO:
+                        gx = load3(source_gx, next_mask, H)
+                    us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
+                    place = parts[3 * half : 3 * half + 3]
+                    sums = product(us, state, stages, place, FORM)
+                    if not SOLO:
+                        gx = load3(source_gx, next_mask, H)
+                    # gates
+                    h_before = h
+                    r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
+                    if TEXTBOOK:
+                        reset = r * h
+                        if SOLO:
+                            states[2 + half].store(reset.to(dtype))
+                            reset_state = (states[2 + half],)
+                        else:
+                            rh = rh_ptr + row * (D * H_ROW)
+                            publish(rh + own_y, reset, mask, FORM)
+                        z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
+                        if not SOLO:
+                            source = rh + awaited
+                            if PACKED:
+                                source = rh + awaited_offsets(end, D * H_ROW, FORM)
+                            reset_state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        sums_n = product((u_n,), reset_state, stages, place[2:3], FORM)
+                        n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM))
+                        h = (1 - z) * h + z * n
+                    else:
+                        z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
+                        gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
+                        n = tanh(a_n + r * gh_n)
+                        h = n + z * (h - n)
+                    if PACKED:
+                        h = gl.where(mask, h, h_before)
+                    # publish
+                    y = y_ptr + row * (D * H_ROW) + own_y
+                    if SOLO:
+                        states[1 - half].store(h.to(dtype))
+                    publish(y, h, mask, FORM)
+                    if SAVE:
+                        gates = gates_ptr + row * (D * G * H) + own_gates
+                        gl.store(gates, r.to(dtype), mask=mask)
+                        gl.store(gates + H, z.to(dtype), mask=mask)
+                        gl.store(gates + 2 * H, n.to(dtype), mask=mask)
+                        if not TEXTBOOK:
+                            gl.store(gates + 3 * H, gh_n.to(dtype), mask=mask)
+                    # on
+                    before = row
+                    row = next_row
+                    if PACKED:
+                        t += step
+                        running_before = running
+                        running = next_running
+                        next_row, next_running = rows_of_step(
+                            offsets_ptr, t + step, row0, T, B, PACKED
+                        )
+                        mask = next_mask
+                    else:
+                        next_row += step * B
+        mask = mask_h[:, None] & (n_row < real)[None, :]
+        gl.store(h_n_ptr + h_rows + own_h, h.to(dtype), mask=mask)
 
 
 def gru_forward(
@@ -215,11 +225,11 @@ def gru_forward(
     assert (H, D) == (plan.H, plan.D)
 
     rows = D, plan.row
-    if plan.solo:  # the state stays in registers and nothing is waited for
+    if plan.solo:  # the state stays in the program and nothing is waited for
         y = rh = gx.new_empty(N, *rows)
     else:
-        y = unwritten(N + B, *rows, like=gx)
-        rh = unwritten(N, *rows, like=gx) if textbook else y  # else it is not touched
+        y = unwritten(N + B, *rows, H=H, like=gx)
+        rh = unwritten(N, *rows, H=H, like=gx) if textbook else y  # else it is not touched
     gates = gx.new_empty((*shape, D, G, H) if save else 0)
     h_n = gx.new_empty(D, B, H)
     arguments = gx, pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n

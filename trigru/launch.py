@@ -76,20 +76,13 @@ def compile_options() -> dict[str, Any]:
 
 def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments for a plan, by name."""
-    return {
-        "D": plan.D,
-        "H": plan.H,
-        "H_PAD": plan.H_pad,
-        "H_ROW": plan.row,
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_B": plan.BLOCK_B,
-        "BLOCK_K": plan.BLOCK_K,
-        "SPLIT_K": plan.SPLIT_K,
-        "SPIN": plan.spin,
-        "SOLO": plan.solo,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        **switches,
-    }
+    from .tiles import Form
+    form = Form(
+        H=plan.H, H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B, WARPS=plan.num_warps, BITS=plan.bits,
+        SPLIT_K=plan.num_warps if plan.split else 1, CHUNKS=plan.chunks, STAGES=plan.stages, SOLO=plan.solo,
+        U_SHARED=plan.u_shared, WGMMA=plan.wgmma, EXACT=plan.bits == 32 and not tf32, NEWER=plan.newer,
+    )
+    return {"D": plan.D, "FORM": form, **switches}
 
 
 def launch(
@@ -111,7 +104,7 @@ def launch(
     raise_if_failed(device)
     tf32 = dtype == torch.float32 and uses_tf32(device)
     groups, tiles_at_once, _ = plan.grid(B)
-    steps = T * -(-B // (plan.BLOCK_B * tiles_at_once))  # that one program walks
+    steps = T * -(-B // (plan.rows * tiles_at_once))  # that one program walks
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)
@@ -121,6 +114,7 @@ def launch(
                 error_flag(device),
                 T,
                 B,
+                plan.rows,
                 wait_limit(steps),
                 first_direction,
                 **compile_time(plan, tf32, PACKED=offsets is not None, **switches),

@@ -56,17 +56,21 @@ class LaunchPlan:
 
     H: int
     D: int  # recurrences side by side: the directions of a layer
-    H_pad: int  # H, padded to whole tiles
+    bits: int  # of an element
+    H_pad: int  # H, padded to whole tiles along K
     BLOCK_H: int  # hidden units of a program
-    BLOCK_B: int  # batch rows of a program's tile
-    BLOCK_K: int  # hidden units multiplied at once
-    SPLIT_K: int  # parts that a product is split into, one for each warp
+    BLOCK_B: int  # batch rows that its tile has room for
+    rows: int  # batch rows of its tile
     num_warps: int
-    spin: int  # elements of an exchanged tile that one thread waits for; 0: the interpreter's form
-    solo: bool
     directions: int  # of the D, how many one launch computes
     batch_programs: int  # batch tiles that run at once; the rest follow in the same launch
-    shared_bytes: int  # of a program, estimated from above
+    split: bool = False  # the warps split the sum over K
+    solo: bool = False
+    chunks: int = 1
+    stages: int = 0
+    u_shared: int = 0
+    wgmma: bool = False
+    newer: bool = True
 
     @property
     def row(self) -> int:
@@ -74,111 +78,71 @@ class LaunchPlan:
         return self.H if self.solo else self.H_pad
 
     def grid(self, B: int) -> tuple[int, int, int]:
-        tiles = -(-B // self.BLOCK_B)
-        return self.H_pad // self.BLOCK_H, min(tiles, self.batch_programs), self.directions
-
-    def describe(self, B: int) -> str:
-        """The plan in a person's words."""
-        groups, tiles, directions = self.grid(B)
-        programs = groups * tiles * directions
-        form = "one program per batch tile" if self.solo else f"groups of {groups} programs"
-        return (
-            f"{form}, {programs} program{'s' * (programs != 1)} of {self.num_warps} warps; each "
-            f"keeps {self.BLOCK_H} of {self.H_pad} hidden units of U on chip "
-            f"({self.shared_bytes / 1024:.0f} KiB of shared memory) and walks {self.BLOCK_B} batch "
-            "rows at a time"
-        )
+        tiles = -(-B // self.rows)
+        return -(-self.H // self.BLOCK_H), min(tiles, self.batch_programs), self.directions
 
 
-def plan_launch(
-    limits: DeviceLimits,
-    *,
-    B: int,
-    H: int,
-    D: int,
-    itemsize: int,
-    backward: bool,
-    textbook: bool,
-) -> LaunchPlan:
-    """The plan with the least modelled time for a step of B rows. Raises `NoPlan` if none fits."""
-    if limits.capability < MIN_CAPABILITY:
-        have, need = ("{}.{}".format(*c) for c in (limits.capability, MIN_CAPABILITY))
-        raise NoPlan(f"{limits.name} has compute capability {have}, the kernels need {need}")
-    plans = [
-        _group(limits, H, D, block_h, block_b, block_k, itemsize, textbook and not backward)
-        for block_h in (16, 32, 64)
-        for block_b in (16, 32, 64)
-        for block_k in (128, 256, 512, 1024)
-        # accumulators in registers
-        if block_h * block_b <= (512 if backward or textbook or itemsize == 4 else 1024)
-    ]
-    if H * itemsize <= MAX_SOLO_ROW_BYTES:
-        plans.append(_solo(limits, H, D, itemsize))
-    fitting = [p for p in plans if p and p.shared_bytes <= limits.shared_bytes]
-    if not fitting:
-        raise NoPlan(
-            f"U with hidden size {H} and {itemsize}-byte elements does not fit on chip: "
-            f"{limits.name} has {limits.sm_count} SMs with {limits.shared_bytes // 1024} KiB each"
-        )
-    return min(fitting, key=lambda p: _clocks_per_step(p, B, itemsize, backward, textbook))
-
-
-def _solo(limits: DeviceLimits, H: int, D: int, itemsize: int) -> LaunchPlan:
-    H_pad = max(16, 1 << (H - 1).bit_length())
-    block_b = 16  # the least that tensor cores take without waste
-    # U, and up to four tiles: the operands of a step and what its layouts are changed in
-    shared = itemsize * H_pad * (3 * H_pad + 4 * block_b)
-    warps = min(MAX_WARPS, max(2, H_pad // 16))
-    return LaunchPlan(
-        H=H, D=D, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=block_b, BLOCK_K=H_pad, SPLIT_K=1,
-        num_warps=warps, spin=0, solo=True, directions=D,
-        # Nobody waits, so a grid may be larger than the device; but then U would be loaded again.
-        batch_programs=limits.sm_count * max(1, limits.shared_bytes // shared),
-        shared_bytes=shared,
-    )  # fmt: skip
-
-
-def _group(
-    limits: DeviceLimits, H: int, D: int, block_h: int, block_b: int, block_k: int, itemsize: int,
-    two_waits: bool,
-) -> LaunchPlan | None:  # fmt: skip
-    H_pad = -(-H // block_k) * block_k
-    programs = H_pad // block_h
-    spin = block_k * block_b // (32 * MAX_WARPS)
-    # Vectors that a thread waits for at once, bound by registers: compiled, more would spill.
-    vectors = 8 if itemsize == 2 and block_h * block_b <= (256 if two_waits else 512) else 4
-    if programs > limits.sm_count or spin * itemsize > vectors * VECTOR_BYTES:
-        return None
+def latency(limits, H, D, bits, rows, warps, *, backward=False):
+    least = 512 // bits
+    K = -(-H // (least * warps)) * least
+    chunk = K & -K
+    if bits == 16: chunk = min(chunk, 128)
+    programs = -(-H // 16)
+    if programs > limits.sm_count: return None
     directions = min(D, limits.sm_count // programs)
-    operand, parts = itemsize * block_k * block_b, 4 * MAX_WARPS * block_h * block_b
-    return LaunchPlan(
-        H=H, D=D, H_pad=H_pad, BLOCK_H=block_h, BLOCK_B=block_b, BLOCK_K=block_k,
-        SPLIT_K=MAX_WARPS, num_warps=MAX_WARPS, spin=spin, solo=False, directions=directions,
-        batch_programs=limits.sm_count // (programs * directions),
-        shared_bytes=itemsize * 3 * block_h * H_pad + max(operand, parts),
-    )  # fmt: skip
+    BLOCK_B = 8 if rows <= 8 else 16
+    chunks = K // chunk
+    u = 3 * 16 * K * bits // 1024
+    t = (3 if backward else 1) * K * BLOCK_B * bits // 1024
+    shared = 0
+    if u + t > 150:
+        chunk = min(chunk, 64); chunks = K // chunk
+        while u + t > 150 and shared < chunks:
+            shared += 1; u -= 3 * 16 * chunk * bits // 1024
+    return LaunchPlan(H, D, bits, K * warps, 16, BLOCK_B, rows, warps, directions, limits.sm_count // (programs * directions),
+        split=True, chunks=chunks, u_shared=shared, newer=limits.capability >= (9, 0))
+
+def solo(limits, H, D, bits, rows, wgmma=False):
+    H_pad = max(16, 1 << (H - 1).bit_length())
+    BLOCK_B = max(8, 1 << (rows - 1).bit_length())
+    return LaunchPlan(H, D, bits, H_pad, H_pad, BLOCK_B, rows, H_pad // 16, D, limits.sm_count, solo=True, u_shared=int(wgmma or (BLOCK_B > 16 and H_pad > 64)), wgmma=wgmma, newer=limits.capability >= (9, 0))
+
+def throughput(limits, H, D, bits, rows, BLOCK_H, warps=8, wgmma=False, chunks=None):
+    BLOCK_B = max(16, 1 << (rows - 1).bit_length())
+    least = 64
+    H_pad = -(-H // least) * least
+    k = H_pad & -H_pad
+    k = min(k, 256 if BLOCK_B <= 32 else 128)
+    programs = -(-H // BLOCK_H)
+    if programs > limits.sm_count: return None
+    directions = min(D, limits.sm_count // programs)
+    n = H_pad // k
+    return LaunchPlan(H, D, bits, H_pad, BLOCK_H, BLOCK_B, rows, warps, directions, limits.sm_count // (programs * directions), chunks=n, stages=2, u_shared=n, wgmma=wgmma, newer=limits.capability >= (9, 0))
 
 
-def _clocks_per_step(
-    plan: LaunchPlan, B: int, itemsize: int, backward: bool, textbook: bool
-) -> float:
-    tiles = -(-B // plan.BLOCK_B)
-    rounds = -(-tiles // plan.batch_programs) * -(-plan.D // plan.directions)
-    clocks = CLOCKS_STEP + itemsize * 3 * plan.BLOCK_H * plan.H_pad / SHARED_BYTES_PER_CLOCK
-    if not plan.solo:
-        operands = 3 if backward else 2 if textbook else 1
-        moved = operands * itemsize * plan.H_pad * plan.BLOCK_B
-        clocks += CLOCKS_EXCHANGE * (2 if textbook else 1) + moved / L2_BYTES_PER_CLOCK
-        clocks += CLOCKS_CHUNK * (operands * plan.H_pad // plan.BLOCK_K - 1)
-    # Of equal plans, the one with the smaller tile wastes less on padded rows.
-    return rounds * clocks + plan.BLOCK_B / 1024
+def plan_launch(limits, *, B, H, D, itemsize, backward, textbook):
+    bits = 8 * itemsize
+    if H * itemsize <= MAX_SOLO_ROW_BYTES:
+        return solo(limits, H, D, bits, min(16, max(1, -(-B // limits.sm_count))))
+    programs = -(-H // 16)
+    groups = max(1, limits.sm_count // programs)
+    rows = min(16, -(-B // groups))
+    return latency(limits, H, D, bits, rows, 8 if rows > 8 or H > 512 else 4, backward=backward)
 
 
-def pad_hidden(w_hh: Tensor, H_pad: int) -> Tensor:
-    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad), zeros in the padding; no copy if there is none, and
-    it begins where a vector can."""
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor contiguous, and where a vector can begin."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % VECTOR_BYTES == 0 else tensor.clone()
+
+
+def pad_hidden(w_hh: Tensor, H_pad: int, *, transposed: bool = False) -> Tensor:
+    """w_hh (D, 3H, H) as (D, 3, H_pad, H_pad), each gate transposed if asked for, zeros in the
+    padding; no copy if there is nothing to do."""
     D, _, H = w_hh.shape
     w = w_hh.view(D, 3, H, H)
-    if H == H_pad and w.data_ptr() % VECTOR_BYTES == 0:
-        return w
-    return F.pad(w, (0, H_pad - H, 0, H_pad - H))
+    if transposed:
+        w = w.transpose(2, 3)
+    if H != H_pad:
+        w = F.pad(w, (0, H_pad - H, 0, H_pad - H))
+    return aligned(w)
