@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from trigru.backward import _gru_backward_kernel
 from trigru.forward import _gru_forward_kernel
@@ -73,7 +73,7 @@ def compile_plan(
     if not backward:
         switches |= {"HAS_BIAS": not textbook, "SAVE": True}
     constants = compile_time(plan, tf32 and dtype == torch.float32, **switches)
-    scalars = {"T": "i32", "B": "i32", "wait_limit": "i64", "first_direction": "i32"}
+    scalars = {"T": "i32", "B": "i32", "rows": "i32", "wait_limit": "i32", "first_direction": "i32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -85,7 +85,7 @@ def compile_plan(
             signature[name] = pointers.get(name, "*" + ELEMENT[dtype])
             if not kernel.params[i].do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = GluonASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": plan.num_warps, **compile_options()}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -10,6 +10,7 @@ from .plan import LaunchPlan, aligned, pad_hidden
 from .tiles import (
     awaited_offsets,
     awaited_rows,
+    barrier,
     load3,
     load_us,
     own_offsets,
@@ -121,6 +122,7 @@ def _gru_backward_kernel(
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
         real = gl.minimum(rows, B - row0).to(gl.int32)
         in_tile = mask_h[:, None] & (n_row < real)[None, :]  # [BLOCK_H, BLOCK_B]
+        barrier()  # else the compiler, not knowing where a tile begins, puts one into its loop
         h_rows = (d * B + row0) * H
         dh = gl.load(dh_n_ptr + h_rows + own_h, mask=in_tile, other=0.0).to(gl.float32)
         h0 = h0_ptr + row0 * (D * H)

@@ -12,6 +12,7 @@ from .plan import LaunchPlan, pad_hidden
 from .tiles import (
     awaited_offsets,
     awaited_rows,
+    barrier,
     load3,
     load_us,
     own_offsets,
@@ -96,6 +97,7 @@ def _gru_forward_kernel(
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
         real = gl.minimum(rows, B - row0).to(gl.int32)
         mask = mask_h[:, None] & (n_row < real)[None, :]  # [BLOCK_H, BLOCK_B]
+        barrier()  # else the compiler, not knowing where a tile begins, puts one into its loop
         h_rows = (d * B + row0) * H
         h = gl.load(h0_ptr + h_rows + own_h, mask=mask, other=0.0).to(gl.float32)
         before = N + row0  # the row of the state before a step: h0's in the first one
@@ -133,20 +135,17 @@ def _gru_forward_kernel(
                     a_r = gx[0].to(gl.float32) + b_r
                     a_z = gx[1].to(gl.float32) + b_z
                     a_n = gx[2].to(gl.float32)
-                    # product, and the next step's input under way: where nothing is waited for,
-                    # before the product, else after what was waited for is used
                     if PACKED:
                         next_mask = mask_h[:, None] & (n_row < gl.minimum(next_running, real))[None, :]
                     else:
                         next_mask = mask & (i + half + 1 < steps)
-                    source_gx = gx_ptr + next_row * (D * 3 * H) + own_gx
-                    if SOLO:
-                        gx = load3(source_gx, next_mask, H)
+                    next_gx = gx_ptr + next_row * (D * 3 * H) + own_gx
+                    if SOLO:  # there is no wait that this could be behind
+                        gx = load3(next_gx, next_mask, H)
+                    # product
                     us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
                     place = parts[3 * half : 3 * half + 3]
                     sums = product(us, state, stages, place, FORM)
-                    if not SOLO:
-                        gx = load3(source_gx, next_mask, H)
                     # gates
                     h_before = h
                     r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
@@ -179,6 +178,10 @@ def _gru_forward_kernel(
                     if SOLO:
                         states[1 - half].store(h.to(dtype))
                     publish(y, h, mask, FORM)
+                    # Not earlier: scoreboards are shared, and what of this step is still to be
+                    # converted would wait for these, too.
+                    if not SOLO:
+                        gx = load3(next_gx, next_mask, H)
                     if SAVE:
                         gates = gates_ptr + row * (D * G * H) + own_gates
                         gl.store(gates, r.to(dtype), mask=mask)
