@@ -11,7 +11,8 @@ from .tiles import (
     awaited_offsets,
     awaited_rows,
     barrier,
-    load3,
+    fetch,
+    fetch3,
     load_us,
     own_offsets,
     product,
@@ -19,40 +20,41 @@ from .tiles import (
     shared_memory,
     steps_of_tile,
     total,
+    unpacked,
     walks_forwards,
 )
 
 
 @gluon.jit
-def _load_step(dy, gates, before, mask, H: gl.constexpr, TEXTBOOK: gl.constexpr):
-    """What a step of the walk reads, all [BLOCK_H, BLOCK_B]: dy, r, z, n, gh_n (torch) and the
-    state before."""
-    r, z, n = load3(gates, mask, H)
+def _fetch_step(dy, gates, before, mask, TEXTBOOK: gl.constexpr, FORM: gl.constexpr):
+    """What a step of the walk reads: dy, r, z, n, gh_n (torch) and the state before."""
+    H: gl.constexpr = FORM.H
+    r, z, n = fetch3(gates, mask, H, FORM)
     gh_n = n
     if not TEXTBOOK:
-        gh_n = gl.load(gates + 3 * H, mask=mask, other=0.0)
-    h = gl.load(before, mask=mask, other=0.0)
-    return gl.load(dy, mask=mask, other=0.0), r, z, n, gh_n, h
+        gh_n = fetch(gates + 3 * H, mask, FORM)
+    return fetch(dy, mask, FORM), r, z, n, gh_n, fetch(before, mask, FORM)
 
 
 @gluon.jit
-def _factors(saved, TEXTBOOK: gl.constexpr):
+def _factors(saved, dtype: gl.constexpr, TEXTBOOK: gl.constexpr, FORM: gl.constexpr):
     """All of a step that does not depend on dh: dy; what makes of dh (textbook: da_r of d(r ⊙ h))
     da_r, da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
     d(r ⊙ h) goes to the state before, and what of dh."""
-    r = saved[1].to(gl.float32)
-    z = saved[2].to(gl.float32)
-    n = saved[3].to(gl.float32)
-    h = saved[5].to(gl.float32)
+    dy = unpacked(saved[0], dtype, FORM)
+    r = unpacked(saved[1], dtype, FORM)
+    z = unpacked(saved[2], dtype, FORM)
+    n = unpacked(saved[3], dtype, FORM)
+    h = unpacked(saved[5], dtype, FORM)
     if TEXTBOOK:
         a_n = z * (1 - n * n)
         a_z = (n - h) * z * (1 - z)
-        f = (saved[0].to(gl.float32), h * r * (1 - r), a_z, a_n, r, 1 - z)
+        f = (dy, h * r * (1 - r), a_z, a_n, r, 1 - z)
     else:
         a_n = (1 - z) * (1 - n * n)
         a_z = (h - n) * z * (1 - z)
-        a_r = a_n * saved[4].to(gl.float32) * r * (1 - r)
-        f = (saved[0].to(gl.float32), a_r, a_z, a_n * r, a_n, z)
+        a_r = a_n * unpacked(saved[4], dtype, FORM) * r * (1 - r)
+        f = (dy, a_r, a_z, a_n * r, a_n, z)
     return f
 
 
@@ -93,6 +95,7 @@ def _gru_backward_kernel(
     EARLY: gl.constexpr = FORM.BLOCK_H * FORM.BLOCK_B <= 128 * FORM.WARPS
     AHEAD: gl.constexpr = 2 if EARLY else 1  # so many steps ahead is loaded
     L: gl.constexpr = FORM.out
+    L_IN: gl.constexpr = FORM.loaded
     dtype: gl.constexpr = dgh_ptr.dtype.element_ty
 
     d = (first_direction + gl.program_id(2)).to(gl.int64)
@@ -100,6 +103,12 @@ def _gru_backward_kernel(
     unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))  # [BLOCK_H]
     n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))  # [BLOCK_B]
     mask_h = unit < H
+    # The same of what is loaded each step, [BLOCK_H / PER_WORD] and [BLOCK_B].
+    unit_in = unit0 + FORM.PER_WORD * gl.arange(
+        0, FORM.BLOCK_H // FORM.PER_WORD, gl.SliceLayout(1, L_IN)
+    )
+    n_row_in = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L_IN))
+    mask_h_in = unit_in < H
     u_r, u_z, u_n = load_us(w_hh_ptr + d * (3 * FORM.H_PAD * FORM.H_PAD), unit0, FORM)
     parts, states, stages = shared_memory(dtype, SUMS, 3, FORM)
 
@@ -112,16 +121,17 @@ def _gru_backward_kernel(
     gates_ptr += d * (G * H)
     dgh_ptr += d * (3 * H_ROW)
     dgx_ptr += d * (3 * H)
-    own_y = own_offsets(unit, D * H, FORM)
-    own_gates = own_offsets(unit, D * G * H, FORM)
-    own_dgh = own_offsets(unit, D * 3 * H_ROW, FORM)
-    own_dgx = own_offsets(unit, D * 3 * H, FORM)
-    own_h = own_offsets(unit, H, FORM)
+    own_y = own_offsets(unit_in, D * H, L_IN, FORM)
+    own_gates = own_offsets(unit_in, D * G * H, L_IN, FORM)
+    own_dgh = own_offsets(unit, D * 3 * H_ROW, L, FORM)
+    own_dgx = own_offsets(unit, D * 3 * H, L, FORM)
+    own_h = own_offsets(unit, H, L, FORM)
 
     first_row = gl.program_id(1).to(gl.int64) * rows
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
         real = gl.minimum(rows, B - row0).to(gl.int32)
         in_tile = mask_h[:, None] & (n_row < real)[None, :]  # [BLOCK_H, BLOCK_B]
+        in_tile_in = mask_h_in[:, None] & (n_row_in < real)[None, :]
         barrier()  # else the compiler, not knowing where a tile begins, puts one into its loop
         h_rows = (d * B + row0) * H
         dh = gl.load(dh_n_ptr + h_rows + own_h, mask=in_tile, other=0.0).to(gl.float32)
@@ -137,17 +147,18 @@ def _gru_backward_kernel(
         middle_row, middle_running = row, running
         for k in gl.static_range(AHEAD):
             if PACKED:
-                mask = mask_h[:, None] & (n_row < gl.minimum(load_running, real))[None, :]
-                from_h0 = (n_row >= after_running)[None, :]
+                load_end = gl.minimum(load_running, real)
+                load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
+                from_h0 = (n_row_in >= after_running)[None, :]
             else:
-                mask = in_tile & (k < steps)
+                load_mask = in_tile_in & (k < steps)
                 from_h0 = k + 1 >= steps
             before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
             dy = dy_ptr + load_row * (D * H) + own_y
             gates = gates_ptr + load_row * (D * G * H) + own_gates
-            saved = _load_step(dy, gates, before, mask, H, TEXTBOOK)
+            saved = _fetch_step(dy, gates, before, load_mask, TEXTBOOK, FORM)
             if k + 1 < AHEAD:
-                f = _factors(saved, TEXTBOOK)
+                f = _factors(saved, dtype, TEXTBOOK, FORM)
             middle_row, middle_running = load_row, load_running
             load_row, load_running = after_row, after_running
             after_row, after_running = rows_of_step(
@@ -169,7 +180,7 @@ def _gru_backward_kernel(
                         mask = in_tile
                         awaited_now = awaited
                     if not EARLY:
-                        f = _factors(saved, TEXTBOOK)
+                        f = _factors(saved, dtype, TEXTBOOK, FORM)
                     # gates, publish
                     dh_later = dh
                     dh += f[0]
@@ -214,20 +225,21 @@ def _gru_backward_kernel(
                         source = row_dgh + awaited_now
                         tiles = wait(source, wait_limit, error_ptr, WAITED * CHUNKS, FORM)
                     if EARLY:
-                        f = _factors(saved, TEXTBOOK)
+                        f = _factors(saved, dtype, TEXTBOOK, FORM)
                     # product, and what the next steps read under way
                     u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
                     sums = product((u,), tiles, stages, place[0:1], FORM)
                     if PACKED:
-                        load_mask = mask_h[:, None] & (n_row < gl.minimum(load_running, real))[None, :]
-                        from_h0 = (n_row >= after_running)[None, :]
+                        load_end = gl.minimum(load_running, real)
+                        load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
+                        from_h0 = (n_row_in >= after_running)[None, :]
                     else:
-                        load_mask = in_tile & (i + half + AHEAD < steps)
+                        load_mask = in_tile_in & (i + half + AHEAD < steps)
                         from_h0 = i + half + AHEAD + 1 >= steps
                     before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
                     dy = dy_ptr + load_row * (D * H) + own_y
                     gates = gates_ptr + load_row * (D * G * H) + own_gates
-                    saved = _load_step(dy, gates, before, load_mask, H, TEXTBOOK)
+                    saved = _fetch_step(dy, gates, before, load_mask, TEXTBOOK, FORM)
                     # total
                     dh += total(sums[0], place[0], mask_h, FORM)
                     # on
@@ -277,7 +289,7 @@ def gru_backward(
     dh0 = y.new_empty(D, B, H)
     u = pad_hidden(w_hh, plan.H_pad, transposed=True)
     h0_rows = aligned(h0.transpose(0, 1))  # as y's
-    arguments = dy, dh_n, u, h0_rows, y, gates, dgh, dgx, dh0
+    arguments = aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(gates), dgh, dgx, dh0
     switches = {"TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     launch(_gru_backward_kernel, arguments, offsets, shape, B, plan, **switches)
     dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding

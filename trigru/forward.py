@@ -8,12 +8,12 @@ from triton.experimental.gluon import language as gl
 
 from .exchange import publish, unwritten, wait
 from .launch import launch
-from .plan import LaunchPlan, pad_hidden
+from .plan import LaunchPlan, aligned, pad_hidden
 from .tiles import (
     awaited_offsets,
     awaited_rows,
     barrier,
-    load3,
+    fetch3,
     load_us,
     own_offsets,
     product,
@@ -23,6 +23,7 @@ from .tiles import (
     steps_of_tile,
     tanh,
     total,
+    unpacked,
     walks_forwards,
 )
 
@@ -63,6 +64,7 @@ def _gru_forward_kernel(
     SOLO: gl.constexpr = FORM.SOLO
     CHUNKS: gl.constexpr = FORM.CHUNKS
     L: gl.constexpr = FORM.out
+    L_IN: gl.constexpr = FORM.loaded
     dtype: gl.constexpr = y_ptr.dtype.element_ty
 
     d = (first_direction + gl.program_id(2)).to(gl.int64)
@@ -70,16 +72,22 @@ def _gru_forward_kernel(
     unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))  # [BLOCK_H]
     n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))  # [BLOCK_B]
     mask_h = unit < H
+    # The same of what is loaded each step, [BLOCK_H / PER_WORD] and [BLOCK_B].
+    unit_in = unit0 + FORM.PER_WORD * gl.arange(
+        0, FORM.BLOCK_H // FORM.PER_WORD, gl.SliceLayout(1, L_IN)
+    )
+    n_row_in = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L_IN))
+    mask_h_in = unit_in < H
     u_r, u_z, u_n = load_us(w_hh_ptr + d * (3 * FORM.H_PAD * FORM.H_PAD), unit0, FORM)
     parts, states, stages = shared_memory(dtype, 3, 2 if TEXTBOOK else 1, FORM)
     b_r = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
     b_z = b_r
     b_n = b_r
     if HAS_BIAS:
-        bias = load3(b_hh_ptr + d * (3 * H) + unit, mask_h, H)
-        b_r = bias[0].to(gl.float32)[:, None]
-        b_z = bias[1].to(gl.float32)[:, None]
-        b_n = bias[2].to(gl.float32)[:, None]
+        bias = b_hh_ptr + d * (3 * H) + unit
+        b_r = gl.load(bias, mask=mask_h, other=0.0).to(gl.float32)[:, None]
+        b_z = gl.load(bias + H, mask=mask_h, other=0.0).to(gl.float32)[:, None]
+        b_n = gl.load(bias + 2 * H, mask=mask_h, other=0.0).to(gl.float32)[:, None]
 
     N = gl.load(offsets_ptr + T) if PACKED else T.to(gl.int64) * B
     forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
@@ -88,10 +96,10 @@ def _gru_forward_kernel(
     y_ptr += d * H_ROW
     rh_ptr += d * H_ROW
     gates_ptr += d * (G * H)
-    own_gx = own_offsets(unit, D * 3 * H, FORM)
-    own_y = own_offsets(unit, D * H_ROW, FORM)
-    own_gates = own_offsets(unit, D * G * H, FORM)
-    own_h = own_offsets(unit, H, FORM)
+    own_gx = own_offsets(unit_in, D * 3 * H, L_IN, FORM)
+    own_y = own_offsets(unit, D * H_ROW, L, FORM)
+    own_gates = own_offsets(unit, D * G * H, L, FORM)
+    own_h = own_offsets(unit, H, L, FORM)
 
     first_row = gl.program_id(1).to(gl.int64) * rows
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
@@ -114,7 +122,8 @@ def _gru_forward_kernel(
         running_before = 0 * running
         if PACKED:
             mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
-        gx = load3(gx_ptr + row * (D * 3 * H) + own_gx, mask, H)
+        mask_in = mask_h_in[:, None] & (n_row_in < gl.minimum(running, real))[None, :]
+        gx = fetch3(gx_ptr + row * (D * 3 * H) + own_gx, mask_in, H, FORM)
 
         pairs = steps - steps % 2
         for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
@@ -132,16 +141,17 @@ def _gru_forward_kernel(
                     else:
                         source = y_ptr + before * (D * H_ROW) + awaited
                         state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
-                    a_r = gx[0].to(gl.float32) + b_r
-                    a_z = gx[1].to(gl.float32) + b_z
-                    a_n = gx[2].to(gl.float32)
+                    a_r = unpacked(gx[0], dtype, FORM) + b_r
+                    a_z = unpacked(gx[1], dtype, FORM) + b_z
+                    a_n = unpacked(gx[2], dtype, FORM)
                     if PACKED:
-                        next_mask = mask_h[:, None] & (n_row < gl.minimum(next_running, real))[None, :]
+                        next_end = gl.minimum(next_running, real)
+                        next_mask = mask_h_in[:, None] & (n_row_in < next_end)[None, :]
                     else:
-                        next_mask = mask & (i + half + 1 < steps)
+                        next_mask = mask_in & (i + half + 1 < steps)
                     next_gx = gx_ptr + next_row * (D * 3 * H) + own_gx
                     if SOLO:  # there is no wait that this could be behind
-                        gx = load3(next_gx, next_mask, H)
+                        gx = fetch3(next_gx, next_mask, H, FORM)
                     # product
                     us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
                     place = parts[3 * half : 3 * half + 3]
@@ -181,7 +191,7 @@ def _gru_forward_kernel(
                     # Not earlier: scoreboards are shared, and what of this step is still to be
                     # converted would wait for these, too.
                     if not SOLO:
-                        gx = load3(next_gx, next_mask, H)
+                        gx = fetch3(next_gx, next_mask, H, FORM)
                     if SAVE:
                         gates = gates_ptr + row * (D * G * H) + own_gates
                         gl.store(gates, r.to(dtype), mask=mask)
@@ -199,7 +209,7 @@ def _gru_forward_kernel(
                         next_row, next_running = rows_of_step(
                             offsets_ptr, t + step, row0, T, B, PACKED
                         )
-                        mask = next_mask
+                        mask = mask_h[:, None] & (n_row < next_end)[None, :]
                     else:
                         next_row += step * B
         mask = mask_h[:, None] & (n_row < real)[None, :]
@@ -235,7 +245,7 @@ def gru_forward(
         rh = unwritten(N, *rows, H=H, like=gx) if textbook else y  # else it is not touched
     gates = gx.new_empty((*shape, D, G, H) if save else 0)
     h_n = gx.new_empty(D, B, H)
-    arguments = gx, pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n
+    arguments = aligned(gx), pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n
     switches = {
         "TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
         "HAS_BIAS": b_hh is not None, "SAVE": save,

@@ -1,31 +1,29 @@
 """From a device's limits and a problem's shape to a launch: tiles, warps, grid, and why.
 
-Two regimes. *Solo*: one program holds all of U and a batch tile, and nothing is exchanged. *Group*:
-H_pad / BLOCK_H programs share U by rows and exchange the state of their batch tile every step. They
-wait for each other, so all programs of a launch must run at once: one on each SM at the most.
+Three regimes. *Solo*: one program holds all of U and a batch tile, and nothing is exchanged.
+*Latency groups*: programs of 16 hidden units share U by rows and exchange the state of few batch
+rows every step; their warps split the sum over K. *Throughput groups*: more units and rows a
+program, U in shared memory. Programs of a group wait for each other, so all of a launch must run at
+once: one on each SM at the most.
 
 Everything here is arithmetic on numbers read from the device; nothing is tried on it. The choice
-between plans that fit is a rough model of clocks per step.
+between plans that fit is a model of clocks per step, fitted to what the compiled kernels say.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_WARPS = 8
 VECTOR_BYTES = 16  # what one load instruction of one thread moves at the most
-MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where more would spill
 MIN_CAPABILITY = (8, 0)  # tensor cores for bf16 and TF32
-
-# The model's clocks: a rough guess at an H100, good enough to rank plans.
-CLOCKS_EXCHANGE = 1400  # store to L2, and load from it, as seen by another SM
-CLOCKS_CHUNK = 300  # each further load of a chunk of the operand
-CLOCKS_STEP = 400  # gate arithmetic and what else a step costs whatever its size
-SHARED_BYTES_PER_CLOCK = 128
-L2_BYTES_PER_CLOCK = 48  # into one SM
+MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where more would spill
+# Of U and of an awaited tile together, what a thread of a latency group can hold in registers; what
+# is over of U lies in shared memory.
+HELD_REGISTERS = 150
 
 
 class NoPlan(ValueError):
@@ -60,74 +58,190 @@ class LaunchPlan:
     H_pad: int  # H, padded to whole tiles along K
     BLOCK_H: int  # hidden units of a program
     BLOCK_B: int  # batch rows that its tile has room for
-    rows: int  # batch rows of its tile
     num_warps: int
-    directions: int  # of the D, how many one launch computes
-    batch_programs: int  # batch tiles that run at once; the rest follow in the same launch
-    split: bool = False  # the warps split the sum over K
+    shared_bytes: int  # of a program
     solo: bool = False
-    chunks: int = 1
-    stages: int = 0
-    u_shared: int = 0
-    wgmma: bool = False
-    newer: bool = True
+    split: bool = False  # the warps split the sum over K: a latency group
+    chunks: int = 1  # of the sum over K, each multiplied at once
+    stages: int = 0  # tiles in shared memory that awaited chunks go through, by turns
+    u_shared: int = 0  # of the chunks, so many have their U in shared memory, the others in registers
+    wgmma: bool = False  # products by wgmma
+    newer: bool = True  # sm_90 and later: the wait has an instruction for its test
+    # How a batch is spread over the device: see `spread`.
+    rows: int = 0  # batch rows of a program's tile
+    directions: int = 0  # of the D, how many one launch computes
+    batch_programs: int = 0  # batch tiles that run at once; the rest follow in the same launch
 
     @property
     def row(self) -> int:
         """Row length of the tensors that the kernel stores for itself or its group."""
         return self.H if self.solo else self.H_pad
 
+    @property
+    def programs(self) -> int:
+        """That share U."""
+        return -(-self.H // self.BLOCK_H)
+
+    @property
+    def regime(self) -> str:
+        return "solo" if self.solo else "latency" if self.split else "throughput"
+
     def grid(self, B: int) -> tuple[int, int, int]:
+        return self.programs, min(-(-B // self.rows), self.batch_programs), self.directions
+
+    def rounds(self, B: int) -> int:
+        """How often a step is repeated for the whole batch and all recurrences."""
         tiles = -(-B // self.rows)
-        return -(-self.H // self.BLOCK_H), min(tiles, self.batch_programs), self.directions
+        return -(-tiles // self.batch_programs) * -(-self.D // self.directions)
+
+    def describe(self, B: int) -> str:
+        """The plan in a person's words."""
+        programs, tiles, directions = self.grid(B)
+        count = programs * tiles * directions
+        form = "one program per batch tile" if self.solo else f"groups of {programs} programs"
+        where = {0: "registers", self.chunks: "shared memory"}.get(
+            self.u_shared, "registers and shared memory"
+        )
+        return (
+            f"{form}, {count} program{'s' * (count != 1)} of {self.num_warps} warps; each keeps "
+            f"{min(self.BLOCK_H, self.H)} of {self.H} hidden units of U in {where} "
+            f"({self.shared_bytes / 1024:.0f} KiB of shared memory in all) and walks "
+            f"{self.rows} batch row{'s' * (self.rows != 1)} at a time"
+        )
 
 
-def latency(limits, H, D, bits, rows, warps, *, backward=False):
-    least = 512 // bits
-    K = -(-H // (least * warps)) * least
-    chunk = K & -K
-    if bits == 16: chunk = min(chunk, 128)
-    programs = -(-H // 16)
-    if programs > limits.sm_count: return None
-    directions = min(D, limits.sm_count // programs)
-    BLOCK_B = 8 if rows <= 8 else 16
+def plan_launch(
+    limits: DeviceLimits,
+    *,
+    B: int,
+    H: int,
+    D: int,
+    itemsize: int,
+    backward: bool,
+    textbook: bool,
+) -> LaunchPlan:
+    """The plan with the least modelled time for a step of B rows. Raises `NoPlan` if none fits."""
+    if limits.capability < MIN_CAPABILITY:
+        have, need = ("{}.{}".format(*c) for c in (limits.capability, MIN_CAPABILITY))
+        raise NoPlan(f"{limits.name} has compute capability {have}, the kernels need {need}")
+    which = {"backward": backward, "textbook": textbook}
+    plans = list(candidates(limits, B=B, H=H, D=D, itemsize=itemsize, **which))
+    if not plans:
+        raise NoPlan(
+            f"U with hidden size {H} and {itemsize}-byte elements does not fit on chip: "
+            f"{limits.name} has {limits.sm_count} SMs with {limits.shared_bytes // 1024} KiB each"
+        )
+    return min(plans, key=lambda plan: clocks(plan, B, **which))
+
+
+def candidates(
+    limits: DeviceLimits,
+    *,
+    B: int,
+    H: int,
+    D: int,
+    itemsize: int,
+    backward: bool,
+    textbook: bool,
+) -> Iterator[LaunchPlan]:
+    """All plans that this device can run."""
+    which = {"backward": backward, "textbook": textbook}
+    plans: list[LaunchPlan | None] = []
+    hopper = limits.capability[0] == 9 and itemsize == 2
+    for wgmma in (False, True)[: 1 + hopper]:
+        plans += [_solo(H, D, itemsize, rows, wgmma, **which) for rows in (8, 16, 32)]
+        for block_h, block_b, warps in ((32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8)):
+            plans += [_throughput(H, D, itemsize, block_h, block_b, warps, wgmma, **which)]
+    for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8)):
+        plans += [_latency(H, D, itemsize, rows, warps, **which)]
+    for plan in plans:
+        if plan and plan.shared_bytes <= limits.shared_bytes:
+            spread_plan = spread(plan, limits, B)
+            if spread_plan:
+                yield spread_plan
+
+
+def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
+    """The plan for B rows: over all groups that the device has room for first, in wider tiles
+    after. None if there is no room for one group."""
+    if plan.programs > limits.sm_count:
+        return None
+    directions = min(plan.D, limits.sm_count // plan.programs)
+    if plan.solo:  # nobody waits: a grid may be larger than the device
+        directions = plan.D
+    at_once = max(1, limits.sm_count // (plan.programs * directions))
+    rows = min(plan.BLOCK_B, max(1, -(-B // at_once)))
+    return replace(
+        plan, rows=rows, directions=directions, batch_programs=at_once,
+        newer=limits.capability >= (9, 0),
+    )  # fmt: skip
+
+
+def _solo(
+    H: int, D: int, itemsize: int, rows: int, wgmma: bool, *, backward: bool, textbook: bool
+) -> LaunchPlan | None:
+    H_pad = max(16, 1 << (H - 1).bit_length())  # sides of tiles are powers of two
+    if H * itemsize > MAX_SOLO_ROW_BYTES or (wgmma and (H_pad < 64 or rows < 16)):
+        return None
+    u_shared = wgmma or (rows > 16 and H_pad > 64)
+    if rows > 16 and (itemsize == 4 or not wgmma):
+        return None
+    states = 3 if backward else 2 if textbook else 1
+    shared = itemsize * (2 * states * H_pad * rows + (3 * H_pad * H_pad if u_shared else 0))
+    return LaunchPlan(
+        H=H, D=D, bits=8 * itemsize, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=rows,
+        num_warps=H_pad // 16, shared_bytes=shared, solo=True, u_shared=int(u_shared), wgmma=wgmma,
+    )  # fmt: skip
+
+
+def _latency(
+    H: int, D: int, itemsize: int, rows: int, warps: int, *, backward: bool, textbook: bool
+) -> LaunchPlan | None:
+    vector_k = 64 // itemsize  # of two MMAs: what a row's 16-byte vectors of four threads hold
+    K = -(-H // (vector_k * warps)) * vector_k  # of one warp
+    # Chunks are chains of products of their own: a forward pass with few rows has too few else.
+    chunk = min(K & -K, (64 if rows == 8 and not backward else 128) * 2 // itemsize)
+    tile = (3 if backward else 1) * itemsize * K * rows // 128  # registers of a thread
+    u = 3 * itemsize * 16 * K // 128
+    u_shared = 0
+    if u + tile > HELD_REGISTERS:
+        chunk = min(chunk, 128 // itemsize)
+        u_shared = -(-(u + tile - HELD_REGISTERS) * K // (u * chunk))
     chunks = K // chunk
-    u = 3 * 16 * K * bits // 1024
-    t = (3 if backward else 1) * K * BLOCK_B * bits // 1024
-    shared = 0
-    if u + t > 150:
-        chunk = min(chunk, 64); chunks = K // chunk
-        while u + t > 150 and shared < chunks:
-            shared += 1; u -= 3 * 16 * chunk * bits // 1024
-    return LaunchPlan(H, D, bits, K * warps, 16, BLOCK_B, rows, warps, directions, limits.sm_count // (programs * directions),
-        split=True, chunks=chunks, u_shared=shared, newer=limits.capability >= (9, 0))
-
-def solo(limits, H, D, bits, rows, wgmma=False):
-    H_pad = max(16, 1 << (H - 1).bit_length())
-    BLOCK_B = max(8, 1 << (rows - 1).bit_length())
-    return LaunchPlan(H, D, bits, H_pad, H_pad, BLOCK_B, rows, H_pad // 16, D, limits.sm_count, solo=True, u_shared=int(wgmma or (BLOCK_B > 16 and H_pad > 64)), wgmma=wgmma, newer=limits.capability >= (9, 0))
-
-def throughput(limits, H, D, bits, rows, BLOCK_H, warps=8, wgmma=False, chunks=None):
-    BLOCK_B = max(16, 1 << (rows - 1).bit_length())
-    least = 64
-    H_pad = -(-H // least) * least
-    k = H_pad & -H_pad
-    k = min(k, 256 if BLOCK_B <= 32 else 128)
-    programs = -(-H // BLOCK_H)
-    if programs > limits.sm_count: return None
-    directions = min(D, limits.sm_count // programs)
-    n = H_pad // k
-    return LaunchPlan(H, D, bits, H_pad, BLOCK_H, BLOCK_B, rows, warps, directions, limits.sm_count // (programs * directions), chunks=n, stages=2, u_shared=n, wgmma=wgmma, newer=limits.capability >= (9, 0))
+    if u_shared > chunks:
+        return None
+    sums = (2 if textbook else 1) if backward else 3
+    shared = 4 * 2 * sums * warps * 16 * rows + 3 * itemsize * warps * 16 * chunk * u_shared
+    return LaunchPlan(
+        H=H, D=D, bits=8 * itemsize, H_pad=K * warps, BLOCK_H=16, BLOCK_B=rows, num_warps=warps,
+        shared_bytes=shared, split=True, chunks=chunks, u_shared=u_shared,
+    )  # fmt: skip
 
 
-def plan_launch(limits, *, B, H, D, itemsize, backward, textbook):
-    bits = 8 * itemsize
-    if H * itemsize <= MAX_SOLO_ROW_BYTES:
-        return solo(limits, H, D, bits, min(16, max(1, -(-B // limits.sm_count))))
-    programs = -(-H // 16)
-    groups = max(1, limits.sm_count // programs)
-    rows = min(16, -(-B // groups))
-    return latency(limits, H, D, bits, rows, 8 if rows > 8 or H > 512 else 4, backward=backward)
+def _throughput(
+    H: int, D: int, itemsize: int, block_h: int, rows: int, warps: int, wgmma: bool, *,
+    backward: bool, textbook: bool,
+) -> LaunchPlan | None:  # fmt: skip
+    slice_k = 128 // itemsize  # multiplied at once
+    unit = max(slice_k, block_h)
+    H_pad = -(-H // unit) * unit
+    chunk = min(H_pad & -H_pad, 256, 8192 // rows)
+    if wgmma and block_h < 64:
+        return None
+    if chunk * rows * itemsize < VECTOR_BYTES * 32 * warps:
+        return None
+    stages = 2
+    shared = itemsize * (3 * block_h * H_pad + stages * chunk * rows)
+    return LaunchPlan(
+        H=H, D=D, bits=8 * itemsize, H_pad=H_pad, BLOCK_H=block_h, BLOCK_B=rows, num_warps=warps,
+        shared_bytes=shared, chunks=H_pad // chunk, stages=stages, u_shared=H_pad // chunk,
+        wgmma=wgmma,
+    )  # fmt: skip
+
+
+def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float:
+    """The model's clocks for a step of the whole batch."""
+    return plan.rounds(B) * (1000.0 + plan.BLOCK_B * plan.BLOCK_H)
 
 
 def aligned(tensor: Tensor) -> Tensor:

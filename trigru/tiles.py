@@ -70,7 +70,7 @@ class Form:
         if self.SOLO:
             assert self.BLOCK_H == self.H_PAD and self.CHUNKS == 1 and not split
         assert (self.STAGES > 1) == (not self.SOLO and not split) and self.STAGES != 1
-        assert not self.STAGES or shared and 4 * self.WARPS <= self.BLOCK_B * self.VECTORS
+        assert not self.STAGES or (shared and 4 * self.WARPS <= self.BLOCK_B)
         if self.WGMMA:
             assert shared and self.BITS == 16 and self.BLOCK_H % 64 == 0 and self.BLOCK_B >= 16
 
@@ -223,6 +223,29 @@ class Form:
     PAIRS = property(lambda self: self.SPLIT_K == 1 and self.BITS == 16)  # neighbours, in `out`
 
     @property
+    def PER_WORD(self) -> int:
+        """Units in a word of what is loaded. Solo, which has no wait that a load could be behind,
+        is better off with loads unpacked at once where they are many."""
+        return 2 if self.PAIRS and not self.ODD and not (self.SOLO and self.BLOCK_B > 8) else 1
+
+    @property
+    def loaded(self):
+        """Of what is loaded each step, [BLOCK_H / PER_WORD, BLOCK_B]: as `out`, but a pair of units
+        is a word until it is used. Unpacked at once it would take two registers, and the
+        instruction that unpacks it would wait for the load."""
+        if self.PER_WORD == 1:
+            return self.out
+
+        def halved(bases):
+            return [[m // 2, n] for m, n in bases]
+
+        out = self.out
+        return gl.DistributedLinearLayout(
+            halved(out.reg_bases[1:]), halved(out.lane_bases), halved(out.warp_bases), [],
+            [self.BLOCK_H // 2, self.BLOCK_B],
+        )  # fmt: skip
+
+    @property
     def ROW_BITS(self) -> int:
         """Of a row's number in `out`, the bits by which threads differ; the rows of one thread
         differ in the others."""
@@ -275,12 +298,12 @@ def unit_of_row(m, FORM: gl.constexpr):
 
 
 @gluon.jit
-def own_offsets(unit, STRIDE_ROW: gl.constexpr, FORM: gl.constexpr):
-    """[BLOCK_H, BLOCK_B], of what belongs to the program's units, `unit` [BLOCK_H].
+def own_offsets(unit, STRIDE_ROW: gl.constexpr, L: gl.constexpr, FORM: gl.constexpr):
+    """[BLOCK_H, BLOCK_B] in layout L, of what belongs to the program's units, `unit` [BLOCK_H].
 
     Written so, and in 64 bits, a thread's addresses are found to be one and constants; else the
     compiler keeps each in two registers, and advances it, on its own (80 registers; spills)."""
-    n = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, FORM.out)).to(gl.int64)
+    n = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L)).to(gl.int64)
     of_thread = (n & FORM.ROW_BITS)[None, :] * STRIDE_ROW + unit[:, None]
     return of_thread + (n & ~FORM.ROW_BITS)[None, :] * STRIDE_ROW
 
@@ -304,12 +327,46 @@ def awaited_offsets(rows, STRIDE_ROW: gl.constexpr, FORM: gl.constexpr):
 
 
 @gluon.jit
-def load3(ptrs, mask, STRIDE: gl.constexpr):
+def fetch(ptrs, mask, FORM: gl.constexpr):
+    """Load, [BLOCK_H / PER_WORD, BLOCK_B], what `unpacked` makes float32 of.
+
+    What is masked stays undefined, which saves an instruction a load: nothing of rows that are not
+    real gets anywhere. Of units that are not, where it does, it is 0."""
+    if FORM.PER_WORD == 2:
+        ptrs = ptrs.to(gl.pointer_type(gl.int32), bitcast=True)
+    if FORM.PADDING_SEEN:
+        x = gl.load(ptrs, mask=mask, other=0)
+    else:
+        x = gl.load(ptrs, mask=mask)
+    return x
+
+
+@gluon.jit
+def fetch3(ptrs, mask, STRIDE: gl.constexpr, FORM: gl.constexpr):
     return (
-        gl.load(ptrs, mask=mask, other=0.0),
-        gl.load(ptrs + STRIDE, mask=mask, other=0.0),
-        gl.load(ptrs + 2 * STRIDE, mask=mask, other=0.0),
+        fetch(ptrs, mask, FORM),
+        fetch(ptrs + STRIDE, mask, FORM),
+        fetch(ptrs + 2 * STRIDE, mask, FORM),
     )
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr, FORM: gl.constexpr):
+    """[BLOCK_H, BLOCK_B] float32 in `out` of what was fetched."""
+    if FORM.PER_WORD == 2:
+        HALVES: gl.constexpr = (
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;"
+            if dtype == gl.bfloat16
+            else "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+        )
+        low, high = gl.inline_asm_elementwise(
+            HALVES, "=r,=r,r", [x], dtype=[gl.float32, gl.float32], is_pure=True, pack=1
+        )
+        x = gl.permute(gl.join(low, high), [0, 2, 1])
+        x = gl.convert_layout(gl.reshape(x, [FORM.BLOCK_H, FORM.BLOCK_B]), FORM.out)
+    else:
+        x = x.to(gl.float32)
+    return x
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -547,7 +604,7 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                 u = us[g][c]
                 if c % FORM.CHUNKS >= FORM.CHUNKS - FORM.U_SHARED:
                     u = u.load(FORM.A)
-                if FORM.SPLIT_K > 1 and c > 0:  # a chain of its own: these lack parallel work
+                if c > 0:  # a chain of its own: here is little parallel work
                     new = new + (sums[g] + multiply(u, tile, nil, FORM),)  # noqa: RUF005
                 else:
                     new = new + (multiply(u, tile, sums[g], FORM),)  # noqa: RUF005
