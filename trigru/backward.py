@@ -4,7 +4,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .exchange import publish, unwritten, wait
+from .exchange import await_tiles, publish, unwritten
 from .launch import launch
 from .plan import LaunchPlan, aligned, pad_hidden
 from .tiles import (
@@ -26,14 +26,27 @@ from .tiles import (
 
 
 @gluon.jit
-def _fetch_step(dy, gates, before, mask, TEXTBOOK: gl.constexpr, FORM: gl.constexpr):
-    """What a step of the walk reads: dy, r, z, n, gh_n (torch) and the state before."""
+def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, row, running, before_row, before_running, left,
+                in_tile, n_row, own_y, own_gates, D: gl.constexpr, TEXTBOOK: gl.constexpr,
+                PACKED: gl.constexpr, FORM: gl.constexpr):  # fmt: skip
+    """What a step of the walk reads: dy, r, z, n, gh_n (torch) and the state before, which is h0
+    for sequences that begin with it. left: how many steps there are from this one on."""
     H: gl.constexpr = FORM.H
+    G: gl.constexpr = 3 if TEXTBOOK else 4
+    if PACKED:
+        mask = in_tile & (n_row < running)[None, :]
+        is_first = (n_row >= before_running)[None, :]
+    else:
+        mask = in_tile & (left > 0)
+        is_first = left <= 1
+    before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
+    gates = gates_ptr + row * (D * G * H) + own_gates
+    dy = fetch(dy_ptr + row * (D * H) + own_y, mask, FORM)
     r, z, n = fetch3(gates, mask, H, FORM)
     gh_n = n
     if not TEXTBOOK:
         gh_n = fetch(gates + 3 * H, mask, FORM)
-    return fetch(dy, mask, FORM), r, z, n, gh_n, fetch(before, mask, FORM)
+    return dy, r, z, n, gh_n, fetch(before, mask, FORM)
 
 
 @gluon.jit
@@ -146,17 +159,10 @@ def _gru_backward_kernel(
         after_row, after_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
         middle_row, middle_running = row, running
         for k in gl.static_range(AHEAD):
-            if PACKED:
-                load_end = gl.minimum(load_running, real)
-                load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
-                from_h0 = (n_row_in >= after_running)[None, :]
-            else:
-                load_mask = in_tile_in & (k < steps)
-                from_h0 = k + 1 >= steps
-            before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
-            dy = dy_ptr + load_row * (D * H) + own_y
-            gates = gates_ptr + load_row * (D * G * H) + own_gates
-            saved = _fetch_step(dy, gates, before, load_mask, TEXTBOOK, FORM)
+            saved = _fetch_step(
+                dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row, after_running,
+                steps - k, in_tile_in, n_row_in, own_y, own_gates, D, TEXTBOOK, PACKED, FORM,
+            )  # fmt: skip
             if k + 1 < AHEAD:
                 f = _factors(saved, dtype, TEXTBOOK, FORM)
             middle_row, middle_running = load_row, load_running
@@ -204,7 +210,7 @@ def _gru_backward_kernel(
                             awaited_n = (states[3 * half + 2],)
                         else:
                             source = row_dgh + 2 * H_ROW + awaited_now
-                            awaited_n = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                            awaited_n = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
                         sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
                         d_reset = total(sums[0], place[1], mask_h, FORM)
                         da_r = d_reset * f[1]
@@ -218,28 +224,29 @@ def _gru_backward_kernel(
                         gl.store(dgx + H, da_z.to(dtype), mask=mask)
                         gl.store(dgx + 2 * H, (dh * f[4]).to(dtype), mask=mask)
                         dh = dh * f[5]
+                    if not (EARLY or SOLO):  # hidden behind the wait
+                        saved = _fetch_step(
+                            dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
+                            after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
+                            own_gates, D, TEXTBOOK, PACKED, FORM,
+                        )  # fmt: skip
                     # wait
                     if SOLO:
                         tiles = states[3 * half : 3 * half + WAITED]
                     else:
                         source = row_dgh + awaited_now
-                        tiles = wait(source, wait_limit, error_ptr, WAITED * CHUNKS, FORM)
+                        tiles = await_tiles(source, wait_limit, error_ptr, WAITED * CHUNKS, FORM)
                     if EARLY:
                         f = _factors(saved, dtype, TEXTBOOK, FORM)
-                    # product, and what the next steps read under way
+                    # product, and what a later step reads under way
                     u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
                     sums = product((u,), tiles, stages, place[0:1], FORM)
-                    if PACKED:
-                        load_end = gl.minimum(load_running, real)
-                        load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
-                        from_h0 = (n_row_in >= after_running)[None, :]
-                    else:
-                        load_mask = in_tile_in & (i + half + AHEAD < steps)
-                        from_h0 = i + half + AHEAD + 1 >= steps
-                    before = gl.where(from_h0, h0, y_ptr + after_row * (D * H)) + own_y
-                    dy = dy_ptr + load_row * (D * H) + own_y
-                    gates = gates_ptr + load_row * (D * G * H) + own_gates
-                    saved = _fetch_step(dy, gates, before, load_mask, TEXTBOOK, FORM)
+                    if EARLY or SOLO:
+                        saved = _fetch_step(
+                            dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
+                            after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
+                            own_gates, D, TEXTBOOK, PACKED, FORM,
+                        )  # fmt: skip
                     # total
                     dh += total(sums[0], place[0], mask_h, FORM)
                     # on

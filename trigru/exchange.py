@@ -90,13 +90,43 @@ def wait(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
     they are apart, `FORM` says. Bounded: after `limit` polls the error flag is set."""
     types: gl.constexpr = _repeated(ptrs.dtype.element_ty, TILES)
     return gl.inline_asm_elementwise(
-        _wait_asm(TILES, FORM),
-        _wait_constraints(TILES, FORM),
+        _wait_asm(0, TILES, False, FORM), _wait_constraints(TILES, False, FORM),
         [ptrs.to(gl.int64), limit, error_ptr.to(gl.int64)],
-        dtype=types,
-        is_pure=False,
-        pack=FORM.VECTORS * 128 // FORM.BITS,
-    )
+        dtype=types, is_pure=False, pack=FORM.VECTORS * 128 // FORM.BITS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def begin(ptrs, TILE: gl.constexpr, FORM: gl.constexpr):
+    """Load tile number TILE as it is now, that is, have it under way: it has probably arrived."""
+    return gl.inline_asm_elementwise(
+        _loads_asm(TILE, 1, FORM), _loads_constraints(FORM), [ptrs.to(gl.int64)],
+        dtype=ptrs.dtype.element_ty, is_pure=False, pack=FORM.VECTORS * 128 // FORM.BITS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def settle(tile, ptrs, limit, error_ptr, TILE: gl.constexpr, FORM: gl.constexpr):
+    """What `begin` loaded, once all of it has arrived."""
+    return gl.inline_asm_elementwise(
+        _wait_asm(TILE, 1, True, FORM), _wait_constraints(1, True, FORM),
+        [ptrs.to(gl.int64), limit, error_ptr.to(gl.int64), tile],
+        dtype=ptrs.dtype.element_ty, is_pure=False, pack=FORM.VECTORS * 128 // FORM.BITS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_tiles(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
+    """What a product takes of an exchanged tensor: all of its tiles; or, where they go through
+    stages in shared memory, the first, those that follow under way, and whence."""
+    if FORM.STAGES == 0:
+        return wait(ptrs, limit, error_ptr, TILES, FORM)
+    else:
+        tile = wait(ptrs, limit, error_ptr, 1, FORM)
+        begun = ()
+        for t in gl.static_range(1, min(FORM.BEGUN, TILES - 1) + 1):
+            begun = begun + (begin(ptrs, t, FORM),)  # noqa: RUF005
+        return tile[0], begun, ptrs, limit, error_ptr
 
 
 @gluon.constexpr_function
@@ -105,24 +135,38 @@ def _repeated(element, count):
 
 
 @gluon.constexpr_function
-def _wait_asm(tiles, form):
-    """PTX for one thread: load its vectors of each tile until no element is the sentinel.
+def _loads_asm(first, tiles, form):
+    """PTX for one thread: load its vectors of the tiles number `first` and on.
 
     Operands: the 4 words of each vector, out; then for each element of a tile its address (used of
-    the first vector in each row; the others are constants away), the limit, the flag's address."""
-    vectors, bits = form.VECTORS, form.BITS
-    outs, inputs = 4 * tiles * vectors, 128 // bits * vectors
+    the first vector in each row; the others are constants away)."""
+    lines = []
+    for t in range(tiles):
+        for v in range(form.VECTORS):
+            in_row = v % form.PER_ROW
+            address = 4 * tiles * form.VECTORS + 128 // form.BITS * (v - in_row)
+            offset = (first + t) * form.TILE_STRIDE + in_row * form.VECTOR_STRIDE
+            words = ", ".join(f"${4 * (t * form.VECTORS + v) + w}" for w in range(4))
+            lines += [f"ld.relaxed.gpu.global.v4.b32 {{{words}}}, [${address}+{offset}];"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _wait_asm(first, tiles, begun, form):
+    """PTX for one thread: load its vectors of the tiles until no element is the sentinel; if
+    `begun`, begin with a look at what has been loaded before.
+
+    Operands: as of the loads; for each element of a tile the limit, then the flag's address; the 4
+    words of each vector that has been loaded."""
+    outs, inputs = 4 * tiles * form.VECTORS, 128 // form.BITS * form.VECTORS
     words = [f"${k}" for k in range(outs)]
     limit, flag = f"${outs + inputs}", f"${outs + 2 * inputs}"
-    lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;", "TRY:"]
-    for t in range(tiles):
-        for v in range(vectors):
-            in_row = v % form.PER_ROW
-            address = f"${outs + 128 // bits * (v - in_row)}"
-            offset = t * form.TILE_STRIDE + in_row * form.VECTOR_STRIDE
-            four = ", ".join(words[4 * (t * vectors + v) :][:4])
-            lines += [f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [{address}+{offset}];"]
-    if bits == 32:
+    lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;"]
+    if begun:
+        lines += [f"mov.b32 ${k}, ${outs + 3 * inputs + k};" for k in range(outs)]
+        lines += ["bra TEST;"]
+    lines += ["TRY:", _loads_asm(first, tiles, form), "TEST:"]
+    if form.BITS == 32:
         lines += [f"max.u32 a, {words[0]}, {words[1]};"]
         lines += [f"max.u32 a, a, {w};" for w in words[2:]]
         lines += ["setp.ne.u32 p, a, 0xFFFFFFFF;"]
@@ -150,7 +194,12 @@ def _wait_asm(tiles, form):
 
 
 @gluon.constexpr_function
-def _wait_constraints(tiles, form):
-    inputs = 128 // form.BITS * form.VECTORS
-    outs = ["=&r"] * (4 * tiles * form.VECTORS)  # written while inputs are still to be read
-    return ",".join([*outs, *["l"] * inputs, *["r"] * inputs, *["l"] * inputs])
+def _loads_constraints(form):
+    return ",".join(["=r"] * (4 * form.VECTORS) + ["l"] * (128 // form.BITS * form.VECTORS))
+
+
+@gluon.constexpr_function
+def _wait_constraints(tiles, begun, form):
+    outs, inputs = 4 * tiles * form.VECTORS, 128 // form.BITS * form.VECTORS
+    early = ["=&r"] * outs  # written while inputs are still to be read
+    return ",".join([*early, *["l"] * inputs, *["r"] * inputs, *["l"] * inputs, *["r"] * (outs * begun)])

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .exchange import publish, unwritten, wait
+from .exchange import await_tiles, publish, unwritten
 from .launch import launch
 from .plan import LaunchPlan, aligned, pad_hidden
 from .tiles import (
@@ -63,6 +63,8 @@ def _gru_forward_kernel(
     G: gl.constexpr = 3 if TEXTBOOK else 4
     SOLO: gl.constexpr = FORM.SOLO
     CHUNKS: gl.constexpr = FORM.CHUNKS
+    # So many steps ahead gx is loaded; where nothing is waited for, one step is too short.
+    AHEAD: gl.constexpr = 2 if SOLO else 1
     L: gl.constexpr = FORM.out
     L_IN: gl.constexpr = FORM.loaded
     dtype: gl.constexpr = y_ptr.dtype.element_ty
@@ -117,13 +119,27 @@ def _gru_forward_kernel(
 
         steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
         t = gl.where(forwards, 0, steps - 1)
+        # Rows and how many of them run: of this step, of that which is loaded.
         row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-        next_row, next_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+        load_row, load_running = row, running
+        middle_row, middle_running = row, running
         running_before = 0 * running
         if PACKED:
             mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
-        mask_in = mask_h_in[:, None] & (n_row_in < gl.minimum(running, real))[None, :]
-        gx = fetch3(gx_ptr + row * (D * 3 * H) + own_gx, mask_in, H, FORM)
+        mask_in = mask_h_in[:, None] & (n_row_in < real)[None, :]
+        for k in gl.static_range(AHEAD):
+            if PACKED:
+                load_end = gl.minimum(load_running, real)
+                load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
+            else:
+                load_mask = mask_in & (k < steps)
+            loaded = fetch3(gx_ptr + load_row * (D * 3 * H) + own_gx, load_mask, H, FORM)
+            if k == 0:
+                gx = loaded
+            middle_row, middle_running = load_row, load_running
+            load_row, load_running = rows_of_step(
+                offsets_ptr, t + step * (k + 1), row0, T, B, PACKED
+            )
 
         pairs = steps - steps % 2
         for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
@@ -137,21 +153,23 @@ def _gru_forward_kernel(
                         state = (states[half],)
                     elif PACKED:
                         source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
-                        state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
                     else:
                         source = y_ptr + before * (D * H_ROW) + awaited
-                        state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
                     a_r = unpacked(gx[0], dtype, FORM) + b_r
                     a_z = unpacked(gx[1], dtype, FORM) + b_z
                     a_n = unpacked(gx[2], dtype, FORM)
+                    # The input of a later step under way.
                     if PACKED:
-                        next_end = gl.minimum(next_running, real)
-                        next_mask = mask_h_in[:, None] & (n_row_in < next_end)[None, :]
+                        load_end = gl.minimum(load_running, real)
+                        load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
                     else:
-                        next_mask = mask_in & (i + half + 1 < steps)
-                    next_gx = gx_ptr + next_row * (D * 3 * H) + own_gx
-                    if SOLO:  # there is no wait that this could be behind
-                        gx = fetch3(next_gx, next_mask, H, FORM)
+                        load_mask = mask_in & (i + half + AHEAD < steps)
+                    source_gx = gx_ptr + load_row * (D * 3 * H) + own_gx
+                    if SOLO:
+                        gx = loaded
+                        loaded = fetch3(source_gx, load_mask, H, FORM)
                     # product
                     us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
                     place = parts[3 * half : 3 * half + 3]
@@ -172,7 +190,7 @@ def _gru_forward_kernel(
                             source = rh + awaited
                             if PACKED:
                                 source = rh + awaited_offsets(end, D * H_ROW, FORM)
-                            reset_state = wait(source, wait_limit, error_ptr, CHUNKS, FORM)
+                            reset_state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
                         sums_n = product((u_n,), reset_state, stages, place[2:3], FORM)
                         n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM))
                         h = (1 - z) * h + z * n
@@ -188,10 +206,10 @@ def _gru_forward_kernel(
                     if SOLO:
                         states[1 - half].store(h.to(dtype))
                     publish(y, h, mask, FORM)
-                    # Not earlier: scoreboards are shared, and what of this step is still to be
-                    # converted would wait for these, too.
                     if not SOLO:
-                        gx = fetch3(next_gx, next_mask, H, FORM)
+                        # Not before all of this step's is converted, in front of which the compiler
+                        # would put it: scoreboards are shared, so that it would be waited for.
+                        gx = fetch3(source_gx, load_mask, H, FORM)
                     if SAVE:
                         gates = gates_ptr + row * (D * G * H) + own_gates
                         gl.store(gates, r.to(dtype), mask=mask)
@@ -201,17 +219,20 @@ def _gru_forward_kernel(
                             gl.store(gates + 3 * H, gh_n.to(dtype), mask=mask)
                     # on
                     before = row
-                    row = next_row
                     if PACKED:
                         t += step
                         running_before = running
-                        running = next_running
-                        next_row, next_running = rows_of_step(
-                            offsets_ptr, t + step, row0, T, B, PACKED
+                        row, running = middle_row, middle_running
+                        if AHEAD == 1:
+                            row, running = load_row, load_running
+                        middle_row, middle_running = load_row, load_running
+                        load_row, load_running = rows_of_step(
+                            offsets_ptr, t + step * AHEAD, row0, T, B, PACKED
                         )
-                        mask = mask_h[:, None] & (n_row < next_end)[None, :]
+                        mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
                     else:
-                        next_row += step * B
+                        row += step * B
+                        load_row += step * B
         mask = mask_h[:, None] & (n_row < real)[None, :]
         gl.store(h_n_ptr + h_rows + own_h, h.to(dtype), mask=mask)
 

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .exchange import begin, settle
+
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # as Triton 3.6 to 3.8 call it
 
 # ----------------------------------------------------------------------------- the form of a kernel
@@ -52,6 +54,7 @@ class Form:
     SPLIT_K: int = 1  # parts of a sum over K, one for each warp; or 1
     CHUNKS: int = 1  # of the sum over K, each multiplied at once
     STAGES: int = 0  # tiles in shared memory that awaited chunks go through, by turns
+    BEGUN: int = 2  # of those chunks, how many are on their way while another is multiplied
     SOLO: bool = False
     U_SHARED: int = 0  # of the chunks, so many of the last have their U in shared memory
     WGMMA: bool = False  # products by wgmma, of sm_90; its tiles are 2-D, without SPLIT_K
@@ -221,12 +224,7 @@ class Form:
         )
 
     PAIRS = property(lambda self: self.SPLIT_K == 1 and self.BITS == 16)  # neighbours, in `out`
-
-    @property
-    def PER_WORD(self) -> int:
-        """Units in a word of what is loaded. Solo, which has no wait that a load could be behind,
-        is better off with loads unpacked at once where they are many."""
-        return 2 if self.PAIRS and not self.ODD and not (self.SOLO and self.BLOCK_B > 8) else 1
+    PER_WORD = property(lambda self: 2 if self.PAIRS and not self.ODD else 1)  # units of what is loaded
 
     @property
     def loaded(self):
@@ -540,24 +538,33 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
     sums = ()
     for g in gl.static_range(len(us)):
         sums = sums + (gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, FORM.mma),)  # noqa: RUF005
-    for c in gl.static_range(len(tiles)):
-        tile = tiles[c]
+    COUNT: gl.constexpr = len(us[0])
+    if FORM.EXCHANGE:
+        arrived, begun, ptrs, limit, error_ptr = tiles
+    for c in gl.static_range(COUNT):
         if FORM.EXCHANGE:
-            stages[c % len(stages)].store(gl.reshape(tile, [FORM.K, FORM.BLOCK_B]))
+            stages[c % len(stages)].store(gl.reshape(arrived, [FORM.K, FORM.BLOCK_B]))
             tile = stages[c % len(stages)]
+            if c + FORM.BEGUN + 1 < COUNT:
+                begun = begun + (begin(ptrs, c + FORM.BEGUN + 1, FORM),)  # noqa: RUF005
             # A product is waited for before the next barrier: after that, what it reads may be
             # stored to. The compiler's barriers alone would not do, which take it to have read.
             if c > 0:
                 sums = wgmma_wait(sums)
             fence_async_shared()
-        elif c == 0:  # all of solo's tiles have been stored to by now
-            fence_async_shared()
+        else:
+            tile = tiles[c]
+            if c == 0:  # all of solo's tiles have been stored to by now
+                fence_async_shared()
         new = ()
         for g in gl.static_range(len(us)):
             new = new + (  # noqa: RUF005
                 warpgroup_mma(us[g][c].index(opaque_zero()), tile, sums[g], is_async=True),
             )
         sums = new
+        if FORM.EXCHANGE and c + 1 < COUNT:
+            arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
+            begun = begun[1:]
     return wgmma_wait(sums)
 
 
@@ -589,13 +596,19 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
     sums = ()
     for g in gl.static_range(len(us)):
         sums = sums + (nil,)  # noqa: RUF005
-    for c in gl.static_range(len(tiles)):
-        tile = tiles[c]
-        if FORM.SOLO:  # the shared memory that the state was published to
-            tile = tile.reshape([1, tile.shape[0], tile.shape[1]])
-        elif FORM.SPLIT_K == 1:
-            stages[c % len(stages)].store(tile)
+    COUNT: gl.constexpr = len(us[0])
+    if FORM.STAGES > 0:
+        arrived, begun, ptrs, limit, error_ptr = tiles
+    for c in gl.static_range(COUNT):
+        if FORM.STAGES > 0:
+            stages[c % len(stages)].store(arrived)
             tile = stages[c % len(stages)]
+            if c + FORM.BEGUN + 1 < COUNT:
+                begun = begun + (begin(ptrs, c + FORM.BEGUN + 1, FORM),)  # noqa: RUF005
+        elif FORM.SOLO:  # the shared memory that the state was published to
+            tile = tiles[c].reshape([1, FORM.K, FORM.BLOCK_B])
+        else:
+            tile = tiles[c]
         if FORM.SPLIT_K > 1 or FORM.U_SHARED == 0:
             if FORM.SPLIT_K == 1:
                 tile = tile.load(FORM.B)
@@ -617,13 +630,16 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                     a = us[g][c].slice(SLICE * s, SLICE, dim=2).load(FORM.A)
                     new = new + (multiply(a, b, sums[g], FORM),)  # noqa: RUF005
                 sums = new
+        if FORM.STAGES > 0 and c + 1 < COUNT:
+            arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
+            begun = begun[1:]
     return sums
 
 
 @gluon.jit
 def product(us, tiles, stages, parts, FORM: gl.constexpr):
-    """For each of `us` (a tuple of operands over K) its product with `tiles`; [SPLIT_K, BLOCK_H,
-    BLOCK_B], of which what is still to be summed is put into `parts`."""
+    """For each of `us` (a tuple of operands over K) its product with `tiles`, as `await_tiles` gave
+    them; [SPLIT_K, BLOCK_H, BLOCK_B], of which what is still to be summed is put into `parts`."""
     if FORM.WGMMA:
         sums = product_wgmma(us, tiles, stages, FORM)
     else:
