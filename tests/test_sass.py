@@ -87,6 +87,13 @@ def test_a_wait_ends_when_the_data_is_visible():
     assert near.low <= near.clocks <= near.high
 
 
+def test_a_tile_is_visible_after_its_last_store():
+    """Products after a tile's only store pass while it becomes visible; those before do not."""
+    early = model(time_loop(*POLL, *PUBLISH, *chain(6)))
+    late = model(time_loop(*POLL, *PUBLISH, *chain(6), *PUBLISH))
+    assert late.clocks - early.clocks == pytest.approx(6 * H100.hmma, rel=0.3)
+
+
 def test_phases_add_up_to_the_step():
     result = model(time_loop(*POLL, *chain(4), code("LDS R9, [R3]", waits=[0], sets=2), *PUBLISH))
     (p,) = result.phases
