@@ -5,6 +5,7 @@ No number in the table was measured: the column `kind` says so in every row. The
 are those of an H100 whatever the device; of the others only the rates of `DEVICES` are known.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -91,7 +92,7 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
         limits, B=kernel.B, H=kernel.H, D=1, itemsize=DTYPE.itemsize, backward=kernel.backward,
         textbook=textbook,
     )  # fmt: skip
-    compiled, step = estimated(kernel.sm, plan, kernel.B, kernel.backward, textbook)
+    compiled, step = estimated(kernel.sm, plan, rows(plan, kernel.B), kernel.backward, textbook)
     repeated = rounds(plan, limits, kernel.B)
     return {
         "kind": KIND, "device": limits.name, "sm": kernel.sm, "clock_mhz": device.mhz,
@@ -109,15 +110,16 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@functools.cache
 def estimated(
-    sm: int, plan: LaunchPlan, B: int, backward: bool, textbook: bool
+    sm: int, plan: LaunchPlan, real_rows: int, backward: bool, textbook: bool
 ) -> tuple[Compiled, Estimate]:
-    """A plan's kernel, and what one step of one program costs."""
+    """A plan's kernel, and what one step of one program costs. Many batches have the same one."""
     compiled = compile_plan(sm, plan, DTYPE, backward=backward, textbook=textbook)
     step = estimate(
         compiled.cubin, num_warps=plan.num_warps, steps_per_pass=STEPS_PER_PASS,
         publish_lines=publish_lines(exchange.__file__),
-        rows_frac=rows(plan, B) / plan.BLOCK_B, params=DEVICES[sm].params,
+        rows_frac=real_rows / plan.BLOCK_B, params=DEVICES[sm].params,
     )  # fmt: skip
     return compiled, step
 
