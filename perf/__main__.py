@@ -1,4 +1,4 @@
-"""The command line: `python -m perf [train | sweep | evidence | plot | compare]`."""
+"""The command line: `python -m perf [train | sweep | evidence | plot | compare | static]`."""
 
 import argparse
 import math
@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = compare(args.before, args.after)
         print(report(comparison))
         return 0 if comparison.good else 1
+    if args.command == "static":
+        from .static import write_static  # which needs Triton
+
+        write_static(args.out or ROOT / "perf" / "static.csv")
+        return 0
     device = torch.device(args.device)
     if device.type == "cpu":
         # With problems this small, threads gain little, and they lose a hundredfold where they
@@ -116,8 +121,8 @@ def tell(pictures: Iterable[Path]) -> None:
 def parser() -> argparse.ArgumentParser:
     """The arguments of all commands. The defaults are set once, on top, for no command too."""
 
-    def add_out(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--out", type=Path, metavar="DIR", help="where to write")
+    def add_out(to: argparse.ArgumentParser, metavar: str, text: str) -> None:
+        to.add_argument("--out", type=Path, metavar=metavar, help=text)
 
     def add_device(to: argparse.ArgumentParser) -> None:
         to.add_argument("--device", choices=sorted(SETTINGS), help="default: cuda if there is one")
@@ -127,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train and time TriGRU against PyTorch's own GRU. Without a command: train, "
         "then sweep, both with their defaults, writing to perf-results.",
     )
-    add_out(top)
+    add_out(top, "DIR", "where to write")
     add_device(top)
     top.set_defaults(
         out=None, device="cuda" if torch.cuda.is_available() else "cpu", steps=None, hidden=None,
@@ -136,11 +141,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = top.add_subparsers(dest="command")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, text: str, out: tuple[str, str] = ("DIR", "where to write")
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=text, argument_default=argparse.SUPPRESS
         )
-        add_out(sub)
+        add_out(sub, *out)
         return sub
 
     sub = command("train", "a character model with nn.GRU and with TriGRU, side by side")
@@ -171,6 +178,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("compare", "what got faster or slower between two sweeps")
     sub.add_argument("before", type=Path, metavar="A.csv")
     sub.add_argument("after", type=Path, metavar="B.csv")
+
+    out = ("CSV", "default: perf/static.csv")
+    command("static", "a model's clocks of compiled kernels, for GPUs that are not here", out)
     return top
 
 

@@ -27,9 +27,9 @@ def in_float32(reference):
 
 def pytest_configure():
     from compile_only import folder
-    from compiling import TARGETS, NoDevice
 
     from perf import ahead
+    from perf.compiling import TARGETS, NoDevice
     from trigru import backward, forward, ops, reference
 
     triton.runtime.driver._active = NoDevice()

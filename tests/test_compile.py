@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from compiling import TARGETS, compile_plan
 
+from perf.compiling import TARGETS, compile_plan
 from trigru.plan import plan_launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -3,9 +3,9 @@ stand-ins that compute as the reference does."""
 
 import pytest
 import torch
-from compiling import TARGETS
 
 from perf import diagnose
+from perf.compiling import TARGETS
 from perf.sweep import DeviceLost
 from trigru import reference
 from trigru.launch import ExchangeTimeout

@@ -16,11 +16,11 @@ import compile_only
 import pytest
 import torch
 import triton
-from compiling import TARGETS, NoDevice
 from numerics import assert_within_rule
 
 from perf import __main__ as command
 from perf import accuracy, ahead, diagnose, evidence, kernels
+from perf.compiling import TARGETS, NoDevice
 from perf.measure import facts
 from perf.providers import Provider, build_torch, build_trigru
 from perf.shapes import Case, core, long_and_short, profiled

@@ -12,13 +12,13 @@ import interpreted_floors
 import pytest
 import torch
 import triton
-from compiling import ELEMENT, TARGETS, TOOLS
 from interpreted import make_plan
 from test_exchange import COMPUTE, STATEMENT
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from perf import floor_kernels, floors
+from perf.compiling import ELEMENT, TARGETS, TOOLS
 from perf.floor_kernels import run_floors
 from perf.floors import COLUMNS, Exchange, Floors
 from perf.measure import FACTS, append_row

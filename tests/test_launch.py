@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
-from compiling import TARGETS
 from triton.backends.nvidia.compiler import CUDAOptions
 
 import trigru
+from perf.compiling import TARGETS
 from trigru import launch
 from trigru.plan import plan_launch
 

@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from compiling import TARGETS
 
+from perf.compiling import TARGETS
 from trigru.plan import DeviceLimits, NoPlan, pad_hidden, plan_launch
 
 SIZES = (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from compiling import TARGETS
 
+from perf.compiling import TARGETS
 from trigru import __main__ as command
 from trigru import ops
 from trigru.plan import DeviceLimits

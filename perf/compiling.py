@@ -45,6 +45,7 @@ class NoDevice:
 
 @dataclass(frozen=True)
 class Compiled:
+    cubin: bytes
     shared_bytes: int
     registers: int
     ttgir: str
@@ -91,14 +92,15 @@ def compile_plan(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _run("cuobjdump", "-res-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
+        usage = run_tool("cuobjdump", "-res-usage", cubin.name)
+        sass = run_tool("nvdisasm", "-c", cubin.name)
     registers = re.findall(r"REG:(\d+)", usage)[-1]
     return Compiled(
-        compiled.metadata.shared, int(registers), compiled.asm["ttgir"],
+        compiled.asm["cubin"], compiled.metadata.shared, int(registers), compiled.asm["ttgir"],
         compiled.asm["ptx"], sass,
     )  # fmt: skip
 
 
-def _run(tool: str, *args: str) -> str:
+def run_tool(tool: str, *args: str) -> str:
+    """What one of the binary tools of Triton's wheel prints."""
     return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,52 @@
+"""The table of a model's clocks for devices that are not here."""
+
+import pytest
+
+from perf import __main__ as command
+from perf import static
+from perf.compiling import TARGETS
+from perf.static import COLUMNS, DEVICES, KIND, Kernel
+from trigru.plan import plan_launch
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    """Written anew, a row for each kernel, and what no plan fits is told."""
+    few = [Kernel(90, "torch", False, 128, 300), Kernel(86, "torch", False, 4096, 16)]
+    monkeypatch.setattr(static, "kernels", lambda: iter(few))
+    path = tmp_path / "static.csv"
+    path.write_text("of before\n")
+    assert command.main(["static", "--out", str(path)]) == 0
+    assert "no plan: U with hidden size 4096" in "".join(capsys.readouterr())
+    with path.open(encoding="utf-8") as file:
+        assert file.readline().startswith("kind,device,")
+        assert file.readline().startswith(f'"{KIND}",H100')
+        assert not file.read()
+
+
+def test_a_row():
+    row = static.row_of(Kernel(120, "textbook", True, 256, 64))
+    assert tuple(row) == COLUMNS
+    assert row["kind"] == KIND == "model, not measured"
+    assert (row["device"], row["clock_mhz"]) == (TARGETS[120].name, DEVICES[120].mhz)
+    assert row["clocks_low"] <= row["clocks"] <= row["clocks_high"]
+    us = row["rounds"] * row["clocks"] / row["clock_mhz"]
+    assert float(row["us_per_step"]) == pytest.approx(us, rel=0.01)
+
+
+def test_every_device_has_its_rows():
+    rows = list(static.kernels())
+    assert list(dict.fromkeys(k.sm for k in rows)) == [90, 80, 86, 120] == list(DEVICES)
+    assert len(set(rows)) == len(rows) == 4 * 2 * (len(static.SHAPES) + 1)
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("H", "B"), [(64, 1), (128, 4096), (256, 1024), (512, 4096), (1024, 16)])
+def test_rounds(H, B, D):
+    """As many as the batch takes, and not one more, with one program on an SM."""
+    limits = TARGETS[90]
+    plan = plan_launch(limits, B=B, H=H, D=D, itemsize=2, backward=False, textbook=False)
+    programs, tiles, directions = plan.grid(B)
+    at_once = min(tiles, limits.sm_count // (programs * directions)) * static.rows(plan, B)
+    launches = D // directions
+    rounds = static.rounds(plan, limits, B)
+    assert (rounds - launches) * at_once < B * launches <= rounds * at_once
