@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trigru import exchange
-from trigru.plan import DeviceLimits, LaunchPlan, NoPlan, plan_launch
+from trigru.plan import LaunchPlan, NoPlan, plan_launch
 
 from .compiling import TARGETS, Compiled, compile_plan
 from .measure import append_row, kernel_hash
@@ -25,7 +25,7 @@ from .shapes import VARIANTS
 
 KIND = "model, not measured"
 DTYPE = torch.bfloat16
-STEPS_PER_PASS = 1  # of the kernels' time loops
+STEPS_PER_PASS = 2  # of the kernels' time loops
 SHAPES = (  # H, B
     (128, 16), (128, 1024), (128, 4096), (256, 16), (256, 64), (256, 1024), (256, 4096),
     (512, 16), (512, 256), (512, 4096), (768, 16), (1024, 16),
@@ -92,14 +92,14 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
         limits, B=kernel.B, H=kernel.H, D=1, itemsize=DTYPE.itemsize, backward=kernel.backward,
         textbook=textbook,
     )  # fmt: skip
-    compiled, step = estimated(kernel.sm, plan, rows(plan, kernel.B), kernel.backward, textbook)
-    repeated = rounds(plan, limits, kernel.B)
+    compiled, step = estimated(kernel.sm, plan, kernel.backward, textbook)
+    repeated = plan.rounds(kernel.B)
     return {
         "kind": KIND, "device": limits.name, "sm": kernel.sm, "clock_mhz": device.mhz,
         "kernel_hash": kernel_hash(), "dtype": "bf16", "variant": kernel.variant,
         "pass": "backward" if kernel.backward else "forward", "H": kernel.H, "B": kernel.B,
-        "regime": "solo" if plan.solo else "group", "BLOCK_H": plan.BLOCK_H,
-        "rows": rows(plan, kernel.B), "warps": plan.num_warps,
+        "regime": plan.regime, "BLOCK_H": plan.BLOCK_H,
+        "rows": plan.rows, "warps": plan.num_warps,
         "grid": "x".join(map(str, plan.grid(kernel.B))), "rounds": repeated,
         "clocks": round(step.clocks), "clocks_low": round(step.low),
         "clocks_high": round(step.high),
@@ -112,26 +112,13 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
 
 @functools.cache
 def estimated(
-    sm: int, plan: LaunchPlan, real_rows: int, backward: bool, textbook: bool
+    sm: int, plan: LaunchPlan, backward: bool, textbook: bool
 ) -> tuple[Compiled, Estimate]:
     """A plan's kernel, and what one step of one program costs. Many batches have the same one."""
     compiled = compile_plan(sm, plan, DTYPE, backward=backward, textbook=textbook)
     step = estimate(
         compiled.cubin, num_warps=plan.num_warps, steps_per_pass=STEPS_PER_PASS,
         publish_lines=publish_lines(exchange.__file__),
-        rows_frac=real_rows / plan.BLOCK_B, params=DEVICES[sm].params,
+        rows_frac=plan.rows / plan.BLOCK_B, params=DEVICES[sm].params,
     )  # fmt: skip
     return compiled, step
-
-
-def rows(plan: LaunchPlan, B: int) -> int:
-    """Of a program's tile, how many are real."""
-    return min(B, plan.BLOCK_B)
-
-
-def rounds(plan: LaunchPlan, limits: DeviceLimits, B: int) -> int:
-    """How often a program's step is repeated for a step of the whole batch and all directions. The
-    model knows one program on an SM: where several fit, they count as one after another."""
-    programs, tiles, directions = plan.grid(B)
-    at_once = min(tiles, max(1, limits.sm_count // (programs * directions)))
-    return -(-B // (rows(plan, B) * at_once)) * -(-plan.D // directions)
