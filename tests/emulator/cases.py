@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from compiling import TARGETS
+from numerics import offsets_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trigru import backward, derivatives, forward, launch, reference
@@ -66,13 +67,6 @@ class Case:
     @property
     def offsets(self) -> torch.Tensor | None:
         return None if self.lengths is None else offsets_of(list(self.lengths))
-
-
-def offsets_of(lengths: list[int]) -> torch.Tensor:
-    """Where each step's rows begin, for packed sequences of these lengths, the longest first."""
-    assert lengths == sorted(lengths, reverse=True)
-    running = [sum(n > t for n in lengths) for t in range(lengths[0])]
-    return torch.tensor([0, *running]).cumsum(0)
 
 
 def plan_of(case: Case, *, backward: bool) -> LaunchPlan:

@@ -22,14 +22,14 @@ KERNELS = ((forward, "_gru_forward_kernel"), (backward, "_gru_backward_kernel"))
 class Roles:
     """What a kernel does with its pointer arguments; it only reads the others."""
 
-    outputs: set[str]  # stored once, unwritten before
-    exchanged: set[str]  # the same, and awaited, where programs wait for each other
+    outputs: set[str] = field(default_factory=set)  # stored once, unwritten before
+    exchanged: set[str] = field(default_factory=set)  # the same, and awaited by other programs
 
 
 ROLES = {
     "_gru_forward_kernel": Roles({"gates_ptr", "h_n_ptr"}, {"y_ptr", "rh_ptr"}),
     "_gru_backward_kernel": Roles({"dgx_ptr", "dh0_ptr"}, {"dgh_ptr"}),
-    "_exchange_kernel": Roles(set(), {"y_ptr"}),
+    "_exchange_kernel": Roles(exchanged={"y_ptr"}),
 }
 # The rest of what is known of arguments: those that a large batch does not make larger, and those
 # that have a row for each sequence, not for each step of one.
@@ -54,6 +54,8 @@ class Emulator:
     mutate: Callable[[str], str] | None = None  # of the PTX
     max_instructions: int = MAX_INSTRUCTIONS
     kernels: tuple = KERNELS  # (module, name) of each that is launched
+    timed: str = ""  # the pointer argument of a tensor of whose elements `stored_at` tells
+    stored_at: torch.Tensor | None = None  # in which turn of the scheduler: as that tensor
     results: list[Result] = field(default_factory=list)
 
     @property
@@ -89,11 +91,12 @@ class _Emulated:
 
     def launch(self, grid: tuple[int, int, int], args: tuple, kwargs: dict) -> None:
         e = self.emulator
-        cooperative = kwargs["launch_cooperative_grid"]  # as where programs wait for each other
+        cooperative = kwargs.get("launch_cooperative_grid", False)  # do programs await each other?
         ptx, bound, passed = compile_as_jit(self.kernel, e.sm, args, kwargs)
         text = e.mutate(ptx.text) if e.mutate else ptx.text
-        roles = ROLES[self.kernel.__name__]
+        roles = ROLES.get(self.kernel.__name__, Roles())
         buffers, addresses = _buffers(passed, roles, cooperative)
+        turns = self.timed(passed, buffers) if e.timed else torch.empty(0)
         how: dict[str, int] = {}
         if e.far:
             buffers, passed = _far(passed, tile_rows(bound), buffers, addresses, e.far)
@@ -104,8 +107,18 @@ class _Emulated:
             seed=e.seed, missing=e.missing, max_instructions=e.max_instructions, **how,
         )  # fmt: skip
         e.results.append(result)
+        if e.timed:
+            e.stored_at = turns.unflatten(0, passed[e.timed].shape)[..., 0]
         if result.finished and not result.timeouts and not e.far:
             result.findings += _never_written(passed, buffers, grid)
+
+    def timed(self, passed: dict[str, Any], buffers: list[Buffer]) -> torch.Tensor:
+        """Room for the turns in which the timed tensor is stored, two bytes by two."""
+        (buffer,) = (b for b in buffers if b.name == self.emulator.timed)
+        tensor = passed[buffer.name]
+        turns = torch.zeros(tensor.numel(), tensor.itemsize // 2, dtype=torch.int32)
+        buffer.stored_at = turns.data_ptr()
+        return turns
 
 
 def _buffers(

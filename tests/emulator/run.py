@@ -37,6 +37,7 @@ class AllocDesc(ctypes.Structure):  # as in machine.h
         ("sentinel_bytes", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
         ("name", ctypes.c_char_p),
+        ("stored_at", ctypes.c_void_p),
         ("unwritten", ctypes.c_uint64),
     )
 
@@ -52,6 +53,7 @@ class Buffer:
     initialised: bool = True
     once: bool = False  # each element is to be stored exactly once
     sentinel_bytes: int = 0  # of an element that must never be all ones; 0: any may
+    stored_at: int = 0  # where the turn is noted in which each two bytes are stored; 0: nowhere
     unwritten: int = field(default=0, init=False)  # bytes, after the launch
 
 
@@ -119,5 +121,6 @@ def run(
 
 def _describe(b: Buffer) -> AllocDesc:
     return AllocDesc(
-        b.address, b.host, b.size, b.initialised, b.once, b.sentinel_bytes, 0, b.name.encode()
-    )
+        b.address, b.host, b.size, b.initialised, b.once, b.sentinel_bytes, 0, b.name.encode(),
+        b.stored_at,
+    )  # fmt: skip

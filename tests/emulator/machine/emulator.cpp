@@ -14,7 +14,7 @@ struct Launch {  // as run.py's Config, and its buffers
 
 static void add_buffer(const AllocDesc &d) {
   Alloc x{d.address, d.address + d.size, static_cast<u8 *>(d.host), d.once != 0,
-          d.sentinel_bytes, d.name, {}, {}, {}};
+          d.sentinel_bytes, d.name, {}, {}, {}, d.stored_at};
   x.init.assign(d.size, d.initialised ? 1 : 0);
   x.writer.assign(d.size / 2 + 1, 0), x.writer_pc.assign(d.size / 2 + 1, 0);
   M->allocs.push_back(std::move(x));

@@ -167,6 +167,8 @@ static void store_global(Warp &w, const Ins &I, int lane, Alloc *x, u64 a, const
   check_writer(w, I, lane, x, a, bytes);
   check_sentinel(w, I, lane, x, a, data);
   memset(&x->init[a - x->base], 2, bytes);
+  for (u32 k = 0; x->stored_at && k < bytes; k += 2)
+    x->stored_at[(a - x->base + k) / 2] = u32(M->turn);
   for (int e = 0; e < I.count; e++) {
     Pending p{a + u64(e) * I.bytes, 0, u32(w.cta), u8(I.bytes)};
     memcpy(&p.value, data + e * I.bytes, I.bytes);

@@ -17,6 +17,7 @@ struct AllocDesc {
   u64 size;
   u32 initialised, once, sentinel_bytes, pad;
   const char *name;
+  u32 *stored_at;  // out, if wanted: of each two bytes, the turn in which they were stored
   u64 unwritten;  // out: bytes that neither the caller nor the kernel wrote
 };
 
@@ -29,6 +30,7 @@ struct Alloc {
   vector<u8> init;      // of each byte: written by the caller (1) or the kernel (2)
   vector<u32> writer;   // of each two bytes: 1 + thread that stored them in this launch
   vector<u32> writer_pc;
+  u32 *stored_at;
 };
 
 struct Group {
