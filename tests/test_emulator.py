@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton
-from emulator import Emulator, build, why_not
+from emulator import Emulator, build, mutants, why_not
 from emulator.cases import Case, plan_of, problem_of, run_kernels
+from emulator.matrix import matrix, random_case
 from emulator.ptx import compile_as_jit
 from emulator.run import Buffer, run
 from triton.backends.compiler import GPUTarget
@@ -226,3 +228,36 @@ def test_processes_may_build_at_once(tmp_path):
     ]
     names = {process.communicate()[0].strip() for process in processes}
     assert {str(path) for path in cache.iterdir()} == names and len(names) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "canonical NaN: none",
+        "wait: leaves at once",
+        "wait: gives up at once",
+        "barriers: none",
+        "fences: no proxy fence",
+        "layouts: registers of A swapped",
+        "masks: stores are not masked",
+    ],
+)
+def test_planted_faults_are_found(name):
+    """A few of those that `python -m tests.emulator mutants` plants."""
+    (mutant,) = (m for m in mutants.PTX if m.name == name)
+    assert mutants.is_caught(mutant)[0]
+
+
+def test_a_mutation_that_changes_nothing_is_not_caught():
+    unchanged = replace(mutants.PTX[0], mutate=lambda ptx: ptx, expected="")
+    assert mutants.found_in(unchanged) == [mutants.DID_NOT_APPLY]
+    assert not mutants.is_caught(replace(unchanged, expected="sentinel is stored"))[0]
+
+
+def test_the_matrix_has_every_kind_of_case_and_random_ones_can_be_planned():
+    cases = list(matrix())
+    assert len(set(map(str, cases))) == len(cases) > 150
+    for field in fields(Case):
+        assert len({getattr(case, field.name) for case in cases}) > 1 or field.name == "row"
+    for case in map(random_case, range(50)):
+        plan_of(case, backward=False)
