@@ -15,6 +15,8 @@ from .run import MAX_INSTRUCTIONS, Buffer, Result, run
 
 BASE, GUARD = 0x7F00_0000_0000, 1 << 20  # device addresses: made up, with gaps between tensors
 INTEGER = {2: torch.int16, 4: torch.int32}
+# After how many polls a wait gives up: here programs may be very late; but not those that never come.
+POLLS, POLLS_IN_VAIN = 100_000, 200
 KERNELS = ((forward, "_gru_forward_kernel"), (backward, "_gru_backward_kernel"))
 
 
@@ -39,7 +41,7 @@ ROW_A_SEQUENCE = {"h0_ptr", "h_n_ptr", "dh_n_ptr", "dh0_ptr"}
 
 def tile_rows(bound: dict[str, Any]) -> int:
     """Batch rows of a program's tile."""
-    return bound["BLOCK_B"]
+    return bound["rows"]
 
 
 @dataclass
@@ -72,6 +74,8 @@ class Emulator:
                 stand_in = _Emulated(getattr(module, name), self)
                 stack.enter_context(patch.object(module, name, stand_in))
             stack.enter_context(patch.object(launch, "uses_tf32", lambda device: self.tf32))
+            polls = POLLS_IN_VAIN if self.missing >= 0 else POLLS
+            stack.enter_context(patch.object(launch, "WAIT_POLLS", polls))
             self._patches = stack.pop_all()
         return self
 
@@ -109,7 +113,7 @@ class _Emulated:
         e.results.append(result)
         if e.timed:
             e.stored_at = turns.unflatten(0, passed[e.timed].shape)[..., 0]
-        if result.finished and not result.timeouts and not e.far:
+        if result.finished and e.missing < 0 and not e.far:
             result.findings += _never_written(passed, buffers, grid)
 
     def timed(self, passed: dict[str, Any], buffers: list[Buffer]) -> torch.Tensor:
@@ -158,8 +162,7 @@ def _never_written(
 
     The D recurrences may be those of several launches: each writes its part of the outputs. Of what
     is exchanged the last one knows whether the sentinel is left in anything but padding."""
-    like_h0 = passed.get("h0_ptr", torch.empty(1, 1, 0))
-    D, H = like_h0.shape[0], like_h0.shape[-1] or None
+    D, _, H = _state_shape(passed)
     last = passed.get("first_direction", 0) + grid[2] == D
     found = []
     for b in buffers:
@@ -174,6 +177,14 @@ def _never_written(
     return found
 
 
+def _state_shape(passed: dict[str, Any]) -> tuple[int, int, int | None]:
+    """(D, B, H); of a kernel that has no states, one recurrence of no rows and all units."""
+    for name in ("h_n_ptr", "dh0_ptr"):
+        if name in passed:
+            return tuple(passed[name].shape)
+    return 1, 0, None
+
+
 def _sentinels(exchanged: torch.Tensor, H: int | None) -> int:
     return int((exchanged[..., :H].view(INTEGER[exchanged.itemsize]) == -1).sum())
 
@@ -183,7 +194,7 @@ def _far(
 ) -> tuple[list[Buffer], dict[str, Any]]:
     """The launch, as if its one batch tile were the last of a batch so large that offsets exceed 32
     bits. Each step's rows lie where they would lie then; nothing lies between them."""
-    D, B, _ = passed["h0_ptr"].shape
+    D, B, _ = _state_shape(passed)
     assert D == 1 and B <= rows, "one tile of one recurrence"
     row0 = tile * rows
     windows: list[Buffer] = []
