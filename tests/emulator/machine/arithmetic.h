@@ -222,6 +222,8 @@ static void floats() {
   both("neg.f32", OP1(u32, u32, a ^ 0x80000000u));
   both("abs.f32", OP1(u32, u32, a & 0x7FFFFFFFu));
   both("max.f32", OP2(float, float, float, canon(a != a ? b : b != b ? a : std::max(a, b))));
+  both("max.NaN.f32", OP2(float, float, float, canon(a != a ? a : b != b ? b : std::max(a, b))));
+  both("min.NaN.f32", OP2(float, float, float, canon(a != a ? a : b != b ? b : std::min(a, b))));
   both("min.f32", OP2(float, float, float, canon(a != a ? b : b != b ? a : std::min(a, b))));
   both("ex2.approx.f32 ex2.approx.ftz.f32", OP1(float, float, ex2(a)));
   both("div.full.f32 div.rn.f32", OP2(float, float, float, divide(a, b)));
