@@ -184,7 +184,7 @@ def what_is_wrong(
         wrong = [str(error)]
     faults = [fault for e in emulators for fault in e.faults]
     if case.missing:
-        expected = [fault for fault in faults if "no progress" in fault]
+        expected = [fault for fault in faults if "x no progress: " in fault]
         faults = [fault for fault in faults if fault not in expected]
         wrong += [] if expected else ["the wait did not run out"]
     return faults + wrong, emulators

@@ -158,8 +158,7 @@ def _never_written(
 
     The D recurrences may be those of several launches: each writes its part of the outputs. Of what
     is exchanged the last one knows whether the sentinel is left in anything but padding."""
-    like_h0 = passed.get("h0_ptr", torch.empty(1, 1, 0))
-    D, H = like_h0.shape[0], like_h0.shape[-1] or None
+    D, _, H = _state_shape(passed)
     last = passed.get("first_direction", 0) + grid[2] == D
     found = []
     for b in buffers:
@@ -174,6 +173,14 @@ def _never_written(
     return found
 
 
+def _state_shape(passed: dict[str, Any]) -> tuple[int, int, int | None]:
+    """(D, B, H); of a kernel that has no states, one recurrence of no rows and all units."""
+    for name in ("h_n_ptr", "dh0_ptr"):
+        if name in passed:
+            return tuple(passed[name].shape)
+    return 1, 0, None
+
+
 def _sentinels(exchanged: torch.Tensor, H: int | None) -> int:
     return int((exchanged[..., :H].view(INTEGER[exchanged.itemsize]) == -1).sum())
 
@@ -183,7 +190,7 @@ def _far(
 ) -> tuple[list[Buffer], dict[str, Any]]:
     """The launch, as if its one batch tile were the last of a batch so large that offsets exceed 32
     bits. Each step's rows lie where they would lie then; nothing lies between them."""
-    D, B, _ = passed["h0_ptr"].shape
+    D, B, _ = _state_shape(passed)
     assert D == 1 and B <= rows, "one tile of one recurrence"
     row0 = tile * rows
     windows: list[Buffer] = []
