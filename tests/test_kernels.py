@@ -123,7 +123,7 @@ LENGTHS = {
         (TARGETS[4], LENGTHS["one"], 2, None),
     )
 )
-def test_packed(case):
+def test_packed_numbers(case):
     check(case)
 
 

@@ -205,7 +205,7 @@ def what_is_wrong(
         wrong = [str(error)]
     faults = [fault for e in emulators for fault in e.faults]
     if case.missing:  # which the emulator may notice before the wait does
-        faults = [fault for fault in faults if "no progress" not in fault]
+        faults = [fault for fault in faults if "x no progress: " not in fault]
     return faults + wrong, emulators
 
 
