@@ -64,7 +64,9 @@ class LaunchPlan:
     split: bool = False  # the warps split the sum over K: a latency group
     chunks: int = 1  # of the sum over K, each multiplied at once
     stages: int = 0  # tiles in shared memory that awaited chunks go through, by turns
-    u_shared: int = 0  # of the chunks, so many have their U in shared memory, the others in registers
+    u_shared: int = (
+        0  # of the chunks, so many have their U in shared memory, the others in registers
+    )
     wgmma: bool = False  # products by wgmma
     newer: bool = True  # sm_90 and later: the wait has an instruction for its test
     # How a batch is spread over the device: see `spread`.
@@ -150,7 +152,13 @@ def candidates(
     hopper = limits.capability[0] == 9 and itemsize == 2
     for wgmma in (False, True)[: 1 + hopper]:
         plans += [_solo(H, D, itemsize, rows, wgmma, **which) for rows in (8, 16, 32)]
-        for block_h, block_b, warps in ((32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8)):
+        for block_h, block_b, warps in (
+            (32, 32, 4),
+            (64, 16, 4),
+            (64, 32, 4),
+            (64, 32, 8),
+            (64, 64, 8),
+        ):
             plans += [_throughput(H, D, itemsize, block_h, block_b, warps, wgmma, **which)]
     for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8)):
         plans += [_latency(H, D, itemsize, rows, warps, **which)]
