@@ -70,7 +70,6 @@ class Form:
             assert shared and self.BITS == 16 and self.BLOCK_H % 64 == 0 and self.BLOCK_B >= 16
 
     K = property(lambda self: self.H_PAD // self.SPLIT_K // self.CHUNKS)  # of one product
-    EXCHANGE = property(lambda self: not self.SOLO)
     # Whether padded units get where they are multiplied: solo's do, and the second of a pair.
     PADDING_SEEN = property(lambda self: self.H % self.BLOCK_H > 0 and (self.SOLO or self.ODD))
     ODD = property(lambda self: self.PAIRS and self.H % 2 == 1)

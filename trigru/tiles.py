@@ -334,10 +334,10 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
     for g in gl.static_range(len(us)):
         sums = sums + (gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, FORM.mma),)
     COUNT: gl.constexpr = len(us[0])
-    if FORM.EXCHANGE:
+    if not FORM.SOLO:
         arrived, begun, ptrs, limit, error_ptr = tiles
     for c in gl.static_range(COUNT):
-        if FORM.EXCHANGE:
+        if not FORM.SOLO:
             stages[c % len(stages)].store(gl.reshape(arrived, [FORM.K, FORM.BLOCK_B]))
             tile = stages[c % len(stages)]
             if c + len(begun) + 1 < COUNT:
@@ -357,7 +357,7 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
                 warpgroup_mma(us[g][c].index(opaque_zero()), tile, sums[g], is_async=True),
             )
         sums = new
-        if FORM.EXCHANGE and c + 1 < COUNT:
+        if not FORM.SOLO and c + 1 < COUNT:
             arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
             begun = begun[1:]
     return wgmma_wait(sums)
@@ -492,7 +492,7 @@ def shared_memory(dtype: gl.constexpr, SUMS: gl.constexpr, STATES: gl.constexpr,
         nothing = nothing + (0,)
     if FORM.SPLIT_K == 1:
         parts = nothing
-    if FORM.EXCHANGE:
+    if not FORM.SOLO:
         states = nothing
     if FORM.STAGES == 0:
         stages = nothing
