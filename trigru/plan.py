@@ -25,6 +25,11 @@ MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where mor
 # is over of U lies in shared memory.
 HELD_REGISTERS = 150
 
+# Tiles to choose from.
+SOLO_ROWS = (8, 16, 32)
+LATENCY_TILES = ((8, 4), (8, 8), (16, 4), (16, 8))  # rows, warps
+THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8), (32, 32, 4))  # units, rows, warps
+
 
 class NoPlan(ValueError):
     """No launch fits this shape on this device; the message says why."""
@@ -146,14 +151,10 @@ def candidates(
 ) -> Iterator[LaunchPlan]:
     """All plans that this device can run."""
     which = {"backward": backward, "textbook": textbook}
-    plans: list[LaunchPlan | None] = []
-    hopper = limits.capability[0] == 9 and itemsize == 2
-    for wgmma in (False, True)[: 1 + hopper]:
-        plans += [_solo(H, D, itemsize, rows, wgmma, **which) for rows in (8, 16, 32)]
-        for block_h, block_b, warps in ((32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 8)):
-            plans += [_throughput(H, D, itemsize, block_h, block_b, warps, wgmma, **which)]
-    for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8)):
-        plans += [_latency(H, D, itemsize, rows, warps, **which)]
+    wgmma = limits.capability[0] == 9 and itemsize == 2
+    plans = [_solo(H, D, itemsize, rows, wgmma, **which) for rows in SOLO_ROWS]
+    plans += [_latency(H, D, itemsize, *tile, **which) for tile in LATENCY_TILES]
+    plans += [_throughput(H, D, itemsize, *tile, wgmma, **which) for tile in THROUGHPUT_TILES]
     for plan in plans:
         if plan and plan.shared_bytes <= limits.shared_bytes:
             spread_plan = spread(plan, limits, B)
@@ -181,11 +182,10 @@ def _solo(
     H: int, D: int, itemsize: int, rows: int, wgmma: bool, *, backward: bool, textbook: bool
 ) -> LaunchPlan | None:
     H_pad = max(16, 1 << (H - 1).bit_length())  # sides of tiles are powers of two
-    if H * itemsize > MAX_SOLO_ROW_BYTES or (wgmma and (H_pad < 64 or rows < 16)):
+    wgmma &= rows == 32 and H_pad >= 64
+    if H * itemsize > MAX_SOLO_ROW_BYTES or (rows == 32 and not wgmma):
         return None
-    u_shared = wgmma or (rows > 16 and H_pad > 64)
-    if rows > 16 and (itemsize == 4 or not wgmma):
-        return None
+    u_shared = wgmma
     states = 3 if backward else 2 if textbook else 1
     shared = itemsize * (2 * states * H_pad * rows + (3 * H_pad * H_pad if u_shared else 0))
     return LaunchPlan(
@@ -226,8 +226,7 @@ def _throughput(
     unit = max(slice_k, block_h)
     H_pad = -(-H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
-    if wgmma and block_h < 64:
-        return None
+    wgmma &= block_h >= 64
     if chunk * rows * itemsize < VECTOR_BYTES * 32 * warps:
         return None
     stages = 2
@@ -239,9 +238,44 @@ def _throughput(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a step cost, in clocks of an H100: fitted to what perf.sass reads off the
+    compiled kernels, so a model of a model. `python -m perf regret` says what it is good for."""
+
+    phase: float  # a sum over all of h and the gates it is for, whatever their size
+    wait: float  # a store until it can be seen, a load's way from L2, what is polled in vain
+    kib: float  # 1024 bytes of what is waited for, from L2, some of them twice
+    element: float  # the gates of 128 elements: those of one thread of each scheduler's warp
+    product: float  # 16 × 8 × 16 of each scheduler by mma
+    chain: float  # one of those, of 16 of K, that another one follows
+    u_kib: float  # 1024 bytes of U that mma reads from shared memory
+    stage: float  # a chunk through shared memory: two barriers, and the products wait for it
+
+
+FORWARD = Costs(73, 918, 15, 69, 6.8, 13.5, 2.9, 406)
+BACKWARD = Costs(214, 694, 18, 61, 8.4, 41, 3.1, 239)
+
+
 def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float:
     """The model's clocks for a step of the whole batch."""
-    return plan.rounds(B) * (1000.0 + plan.BLOCK_B * plan.BLOCK_H)
+    cost = BACKWARD if backward else FORWARD
+    phases = 2 if textbook else 1
+    tiles = 3 if backward else phases  # of [H_pad, rows], that a step waits for
+    row_kib = plan.H_pad * plan.bits / 8 / 1024
+    step = phases * cost.phase
+    step += cost.element * max(plan.BLOCK_H * plan.BLOCK_B, 32 * plan.num_warps) / 128
+    if not plan.wgmma:  # whose products hide behind all else
+        k = plan.H_pad * plan.bits / 256  # in steps of a product
+        step += cost.product * 3 * k * (plan.BLOCK_H / 16) * (plan.BLOCK_B / 8) / 4
+        step += cost.u_kib * 3 * plan.BLOCK_H * row_kib * plan.u_shared / plan.chunks
+        if plan.split:
+            step += cost.chain * k / plan.num_warps
+    if not plan.solo:
+        step += phases * cost.wait + cost.kib * tiles * row_kib * plan.rows
+    if plan.stages:
+        step += cost.stage * tiles * plan.chunks
+    return plan.rounds(B) * step
 
 
 def aligned(tensor: Tensor) -> Tensor:
