@@ -1,12 +1,9 @@
 import os
 import signal
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import compile_only
 import pytest
 import torch
-from interpreted import broken_interpreter, warm_up
 from layers import believing_in_kernels
 
 from perf.ahead import compile_ahead_of_tests, compile_launches
@@ -72,24 +69,6 @@ def _the_device_is_left_as_it_was(request):
     if is_lost(torch.device("cuda")):
         pytest.exit(f"the device failed in {request.node.name}", returncode=LOST)
     raise_if_failed(torch.device("cuda", torch.cuda.current_device()))
-
-
-@pytest.fixture(scope="session")
-def interpreted():
-    """`interpreted(function, …)` calls a module's function in a process of its own, in which
-    Triton interprets kernels: it decides that when they are decorated, once in a process."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()  # started, with this environment
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-        if why := pool.submit(broken_interpreter).result():
-            pytest.skip(why)
-        pool.submit(warm_up).result()
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
 
 
 @pytest.fixture(params=["aten", "ops", "textbook"])

@@ -3,7 +3,7 @@ differentiable loop of the reference, which is made of torch's own operations.""
 
 import pytest
 import torch
-from interpreted import offsets_of
+from numerics import offsets_of
 from torch.autograd import functional
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.testing import assert_close

@@ -1,137 +1,92 @@
-"""The wait's inline PTX, run by a toy machine: no test without a GPU executes it otherwise."""
+"""How programs hand elements to each other: the real waits, executed by the emulator."""
 
-import re
-from itertools import product
-from random import Random
+import sys
 
 import pytest
+import torch
+import triton
+import triton.language as tl
+from emulator import Emulator, why_not
 
-from trigru.exchange import _spin_asm, _spin_constraints
+from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
+from trigru.launch import compile_options
 
-CASES = pytest.mark.parametrize("vectors, bits", list(product((1, 2, 4, 8), (16, 32))))
-BASE, FLAG = 0x7F00_0000_0000, 0x7E00_0000_0000
-START, TICK, LONG = 1_700_000_000_000_000_000, 100, 5_000  # ns: first, each look after, a limit
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+DTYPES = {16: torch.float16, 32: torch.float32}
+INTEGERS = {16: torch.int16, 32: torch.int32}
+CASES = pytest.mark.parametrize(
+    ("sm", "bits", "vectors"), [(sm, b, v) for sm in (80, 90) for b in (16, 32) for v in (1, 2, 8)]
+)
+# Halves of words that a test for the sentinel, all bits one, could take for it or for its absence
 HALVES = [0, 0, 1, 0x7FFF, 0x8000, 0xFF00, 0xFFFD, 0xFFFE, 0xFFFE, 0xFFFF, 0xFFFF]
-STATEMENT = re.compile(r"(?:@(!?)(\w+) )?([\w.]+)(.*);|(\w+):|[{}]")
-COMPUTE = {  # anything else is unknown and raises
-    **dict.fromkeys(["mov.b32", "mov.u64", "mov.pred"], lambda a: a),
-    "setp.ne.u32": lambda a, b: a != b,
-    "setp.eq.u32": lambda a, b: a == b,
-    "setp.lt.s64": lambda a, b: a < b,
-    "or.pred": lambda a, b: a or b,
-    "and.b32": lambda a, b: a & b,
-    "max.u32": max,
-    "sub.u32": lambda a, b: (a - b) % 2**32,
-    "lop3.b32": lambda a, b, c, table: {0xEA: a & b | c}[table],
-}
+LIMIT, WARPS = 1_000_000, 2
 
 
-class Tile:
-    """The vectors that one thread awaits. Other programs fill them in, one element at a time."""
-
-    def __init__(self, rng, vectors, bits, never=0):
-        self.rng, self.bits, self.sentinel = rng, bits, 2**bits - 1
-        self.now = [self.sentinel] * (vectors * 128 // bits)
-        self.final = [self.random_element() for _ in self.now]  # what it has to become
-        self.to_come = rng.sample(range(len(self.now)), len(self.now))
-        for _ in range(never):
-            self.final[self.to_come.pop()] = self.sentinel
-        self.vectors = rng.sample(range(BASE, BASE + 4096, 16), vectors)  # where each one is
-        self.addresses = [v + i for v in self.vectors for i in range(0, 16, bits // 8)]
-
-    def random_element(self):
-        halves = [self.rng.choice([*HALVES, self.rng.getrandbits(16)]) for _ in range(2)]
-        return min((halves[0] | halves[1] << 16) % 2**self.bits, self.sentinel - 1)
-
-    def arrive(self, count):
-        for _ in range(min(count, len(self.to_come))):
-            i = self.to_come.pop()
-            self.now[i] = self.final[i]
-
-    def words(self, elements):
-        if self.bits == 32:
-            return elements[:]
-        return [elements[i] | elements[i + 1] << 16 for i in range(0, len(elements), 2)]
-
-    def load(self, address, held):
-        """The 4 words there; elements may arrive between any two. `held`: what the thread has of
-        them so far. Of these something must be missing, or there is nothing to load for."""
-        elements = [word >> s & self.sentinel for word in held for s in range(0, 32, self.bits)]
-        assert self.sentinel in elements
-        for at in range(4):
-            self.arrive(self.rng.randrange(3))
-            yield self.words(self.now)[4 * self.vectors.index(address) + at]
+@triton.jit(do_not_specialize=["never", "limit"])
+def _hand_over_kernel(source_ptr, y_ptr, out_ptr, error_ptr, never, limit, SIZE: tl.constexpr,
+                      SPIN: tl.constexpr):  # fmt: skip
+    """Program 0 publishes all of the source but its first elements; program 1 awaits all."""
+    offs = tl.arange(0, SIZE)  # [SIZE]
+    if tl.program_id(0) == 0:
+        publish(y_ptr + offs, tl.load(source_ptr + offs), offs >= never)
+    else:
+        deadline = deadline_from_now(limit, SPIN)
+        ahead = peek(y_ptr + offs, offs < SIZE)
+        tile = settle(ahead, y_ptr + offs, offs < SIZE, deadline, error_ptr, SPIN)
+        tl.store(out_ptr + offs, tile)
 
 
-def wait(tile, limit=LONG):
-    """What one thread returns, how often it loads, what it stores where, its last clock."""
-    vectors, elements = len(tile.vectors), len(tile.addresses)
-    lines = _spin_asm(vectors, tile.bits).split("\n")
-    code = [STATEMENT.fullmatch(line).groups() for line in lines]
-    peeked_and_addresses = tile.words(tile.now) + tile.addresses
-    inputs = peeked_and_addresses + [START + limit] * elements + [FLAG] * elements
-    inputs = {f"${4 * vectors + i}": value for i, value in enumerate(inputs)}
-    registers, clock, loads, stored, at, steps = dict(inputs), START, 0, {}, 0, 0
+def awaited(source, emulator, y=None, never=0, limit=LIMIT):
+    """What program 1 has in the end, and the error flag."""
+    y = unwritten(len(source), like=source) if y is None else y
+    out, error = torch.empty_like(source), torch.zeros(1, dtype=torch.int32)
+    emulator.kernels = ((sys.modules[__name__], "_hand_over_kernel"),)
+    with emulator:
+        _hand_over_kernel[(2, 1, 1)](
+            source, y, out, error, never, limit, SIZE=len(source),
+            SPIN=len(source) // (32 * WARPS), num_warps=WARPS, **compile_options(),
+        )  # fmt: skip
+    assert all(result.finished for result in emulator.results)
+    return out.view(INTEGERS[8 * out.itemsize]), error.item()
 
-    def value(name):
-        return int(name, 0) if name[0].isdigit() else registers[name]
 
-    while at < len(code):
-        negated, guard, opcode, arguments, _ = code[at]
-        at, steps = at + 1, steps + 1
-        assert steps < 20_000, "it never ends"
-        if opcode in (None, ".reg") or (guard and registers[guard] == bool(negated)):
-            continue
-        *into, last = re.findall(r"[^][{}, ]+", arguments) or [None]
-        if opcode == "bra":
-            at = [label for *_, label in code].index(last)
-        elif opcode == "st.relaxed.sys.global.b32":
-            stored[value(into[0])] = value(last)
-        elif opcode == "ld.relaxed.gpu.global.v4.b32":
-            registers.update(zip(into, tile.load(value(last), map(value, into)), strict=True))
-            loads += 1
-        else:
-            clock += TICK if last == "%globaltimer" else 0
-            registers["%globaltimer"] = clock
-            registers[into[0]] = COMPUTE[opcode](*map(value, [*into[1:], last]))
-    assert inputs.items() <= registers.items()
-    return [registers[f"${i}"] for i in range(4 * vectors)], loads, stored, clock
+def tile(bits, vectors, seed=0):
+    """As many vectors for each thread; of special bits."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 32 * WARPS * vectors * 16 // 2
+    halves = torch.tensor(HALVES, dtype=torch.int32).to(torch.int16)
+    picked = halves[torch.randint(len(halves), (size,), generator=generator)]
+    return picked.view(DTYPES[bits])
+
+
+def canonical(source):
+    """As published: the sentinel becomes another NaN."""
+    bits = source.view(INTEGERS[8 * source.itemsize])
+    return torch.where(bits == -1, -2, bits)
 
 
 @CASES
-def test_a_wait_returns_all_of_the_tile_and_loads_only_what_is_missing(vectors, bits):
-    rng = Random(0)
-    for _ in range(20):
-        tile = Tile(rng, vectors, bits)
-        tile.arrive(rng.choice([0, 1, rng.randrange(len(tile.to_come)), len(tile.to_come) - 1]))
-        words, loads, stored, _ = wait(tile)
-        assert words == tile.words(tile.final) and loads > 0 and stored == {}
+def test_a_wait_ends_with_all_of_the_tile(sm, bits, vectors):
+    for seed in range(8):
+        source, emulator = tile(bits, vectors, seed), Emulator(sm, seed=seed)
+        out, error = awaited(source, emulator)
+        assert torch.equal(out, canonical(source)) and not error
+        assert emulator.faults == []
 
 
 @CASES
-@pytest.mark.parametrize("limit", [LONG, -LONG])
-def test_a_tile_that_had_arrived_costs_no_load_and_meets_no_deadline(vectors, bits, limit):
-    tile = Tile(Random(0), vectors, bits)
-    tile.arrive(len(tile.to_come))
-    assert wait(tile, limit) == (tile.words(tile.final), 0, {}, START)
+@pytest.mark.parametrize("limit", [LIMIT, -LIMIT])
+def test_a_tile_that_had_arrived_meets_no_deadline(sm, bits, vectors, limit):
+    source = canonical(tile(bits, vectors)).view(DTYPES[bits])
+    out, error = awaited(source, Emulator(sm, missing=0), y=source.clone(), limit=limit)
+    assert torch.equal(out, canonical(source)) and not error
 
 
 @CASES
-@pytest.mark.parametrize("never", [1, 2, 4])
-def test_a_wait_for_what_never_arrives_ends_at_the_deadline_and_sets_the_flag(vectors, bits, never):
-    tile = Tile(Random(0), vectors, bits, never)
-    tile.arrive(len(tile.to_come) // 2)
-    words, _, stored, clock = wait(tile)
-    assert words == tile.words(tile.final) and stored == {FLAG: 1}
-    assert clock == START + LONG  # the first look at the clock that is not before it
-
-
-@CASES
-def test_the_constraints_describe_the_operands(vectors, bits):
-    # Words out and in; for each element its address, the deadline and the flag.
-    constraints = _spin_constraints(vectors, bits).split(",")
-    words, elements = 4 * vectors, vectors * 128 // bits
-    assert constraints[:words] == ["=&r"] * words  # written while inputs are still to be read
-    assert constraints[words:] == ["r"] * words + ["l"] * 3 * elements
-    used = {int(n) for n in re.findall(r"\$(\d+)", _spin_asm(vectors, bits))}
-    assert used.issuperset(range(2 * words)) and used.issubset(range(len(constraints)))
+@pytest.mark.parametrize("never", [1, 3])
+def test_a_wait_for_what_never_arrives_sets_the_flag(sm, bits, vectors, never):
+    source = tile(bits, vectors)
+    out, error = awaited(source, Emulator(sm), never=never)
+    assert error == 1
+    assert (out[:never] == -1).all() and torch.equal(out[never:], canonical(source)[never:])

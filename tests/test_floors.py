@@ -6,14 +6,11 @@ import re
 import subprocess
 import tempfile
 from contextlib import nullcontext
-from itertools import count, repeat
 
-import interpreted_floors
 import pytest
 import torch
 import triton
-from interpreted import make_plan
-from test_exchange import COMPUTE, STATEMENT
+from emulator import Emulator, why_not
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -24,16 +21,30 @@ from perf.floors import COLUMNS, Exchange, Floors
 from perf.measure import FACTS, append_row
 from perf.shapes import SETS, Case
 from trigru import launch
-from trigru.plan import NoPlan, plan_launch
+from trigru.exchange import unwritten
+from trigru.plan import LaunchPlan, NoPlan, plan_launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H100 = TARGETS[90]
 BARRIER = pytest.mark.parametrize("barrier", [False, True], ids=["exchange", "barrier"])
+EMULATED = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 SLICES = pytest.mark.parametrize("slices", [1, 3])
 
 GROUP = Case("torch", "bf16", T=100, B=16, I=256, H=512)
 SOLO = Case("torch", "bf16", T=100, B=16, I=64, H=64)
+
+
+def make_plan(H, D=1, *, solo=False, BLOCK_H=16, BLOCK_K=32, WARPS=8, batch_programs=8):
+    """A plan with the structure of a real one."""
+    H_pad, BLOCK_B = -(-H // BLOCK_K) * BLOCK_K, 16
+    if solo:
+        BLOCK_H = BLOCK_K
+    return LaunchPlan(
+        H=H, D=D, H_pad=H_pad, BLOCK_H=BLOCK_H, BLOCK_B=BLOCK_B, BLOCK_K=BLOCK_K,
+        SPLIT_K=1 if solo else WARPS, num_warps=WARPS, spin=BLOCK_K * BLOCK_B // (32 * WARPS),
+        solo=solo, directions=D, batch_programs=batch_programs, shared_bytes=0,
+    )  # fmt: skip
 
 
 def plans(limits, *, B, H, D, itemsize, backward, textbook):
@@ -43,7 +54,7 @@ def plans(limits, *, B, H, D, itemsize, backward, textbook):
     if H <= 128:
         return make_plan(H, D, solo=True, BLOCK_K=128)
     BLOCK_H = 32 if backward else 16
-    return make_plan(H, D, BLOCK_H=BLOCK_H, BLOCK_K=256, SPLIT_K=8, batch_programs=2)
+    return make_plan(H, D, BLOCK_H=BLOCK_H, BLOCK_K=256, batch_programs=2)
 
 
 @pytest.fixture
@@ -349,7 +360,7 @@ def test_a_launch_is_cooperative(monkeypatch):
             return lambda *args, **kwargs: launched.update(kwargs, grid=grid, args=args)
 
     monkeypatch.setattr(floor_kernels, "_exchange_kernel", Kernel())
-    plan = make_plan(512, BLOCK_K=256, SPLIT_K=8)
+    plan = make_plan(512, BLOCK_K=256)
     y = torch.empty(70, 1)
     floor_kernels.exchange_alone(y, "counters", FORWARD._replace(groups=3, slices=3), plan, True)
     assert launched.pop("args") == (
@@ -357,7 +368,7 @@ def test_a_launch_is_cooperative(monkeypatch):
     )  # fmt: skip
     assert launched == {
         "grid": (32, 3, 1), "H_PAD": 512, "BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 256,
-        "SPLIT_K": 8, "SPIN": 0, "SLICES": 3, "BARRIER": True, "num_warps": 4, "num_stages": 1,
+        "SPLIT_K": 8, "SPIN": 16, "SLICES": 3, "BARRIER": True, "num_warps": 8, "num_stages": 1,
         "enable_fp_fusion": True, "launch_cooperative_grid": True,
     }  # fmt: skip
 
@@ -472,59 +483,60 @@ def test_an_exchange_that_gave_up_costs_the_others_nothing(known_plans, monkeypa
     assert run_floors(cases[1:], CUDA, tmp_path / "floors.csv", clock=FakeClock())
 
 
-# The kernels, interpreted
+# The kernels, executed
+
+T, GROUPS, PROGRAMS, ROWS, H_PAD = 5, 2, 4, 3, 64
 
 
+def exact(y, BLOCK_B):
+    """What the kernel stores into y [T, groups, rows, slices, H_PAD]: a unit's own number, counted
+    through all rows and groups, and one more for each tile."""
+    t, group, row, s, h = torch.meshgrid(*map(torch.arange, y.shape), indexing="ij")
+    return (group * BLOCK_B + row) * y.shape[-1] + h + t * y.shape[-2] + s
+
+
+def hand_over(dtype, slices, BLOCK_K, emulator, *, barrier):
+    """Run the kernel over T steps: y [T, GROUPS, ROWS, slices, H_PAD], and what it has to be."""
+    plan = make_plan(H_PAD, BLOCK_K=BLOCK_K, WARPS=BLOCK_K // 16)
+    y = unwritten(T, GROUPS, ROWS, slices, H_PAD, like=torch.empty(0, dtype=dtype))
+    exchange = Exchange(
+        "", PROGRAMS, GROUPS, ROWS, plan.BLOCK_H, plan.BLOCK_B, plan.BLOCK_K, H_PAD, slices, 1
+    )
+    arrived = torch.zeros(GROUPS, 32, dtype=torch.int32)
+    with emulator:
+        floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)
+    launch.raise_if_failed(y.device)
+    assert arrived[:, 0].tolist() == [PROGRAMS * T * barrier] * GROUPS
+    return y, exact(y, plan.BLOCK_B)
+
+
+def exchange_emulator(**how):
+    return Emulator(kernels=((floor_kernels, "_exchange_kernel"),), timed="y_ptr", **how)
+
+
+@EMULATED
 @BARRIER
 @SLICES
 @pytest.mark.parametrize(
-    ("dtype", "BLOCK_K"), [(FP32, 64), (FP16, 32)], ids=["fp32", "fp16, two chunks"]
+    ("sm", "dtype", "BLOCK_K"), [(90, FP32, 64), (80, FP16, 32)], ids=["fp32", "fp16, two chunks"]
 )
-def test_right_values_are_handed_over(interpreted, dtype, BLOCK_K, slices, barrier):
-    interpreted(interpreted_floors.right_values, dtype, slices, BLOCK_K, barrier=barrier)
+def test_right_values_are_handed_over(sm, dtype, BLOCK_K, slices, barrier):
+    for seed in range(4):
+        emulator = exchange_emulator(sm=sm, seed=seed)
+        y, right = hand_over(dtype, slices, BLOCK_K, emulator, barrier=barrier)
+        assert not emulator.faults and torch.equal(y.float(), right.float())
+        # No program of a group begins a step before all of the step before was stored.
+        turns = emulator.stored_at.transpose(0, 1).flatten(2)
+        assert (turns[:, 1:].amin(2) > turns[:, :-1].amax(2)).all()
 
 
+@EMULATED
 @BARRIER
-def test_missing_program_is_reported(interpreted, barrier):
-    interpreted(interpreted_floors.missing_program_is_reported, barrier=barrier)
-
-
-def await_count(thread, counts, limit=math.inf):
-    """Run the barrier's assembly as one thread: what it loads until 32 have arrived, what it
-    stores where. The counter has another value at each look; so has the clock."""
-    inputs = {"$1": "counter", "$2": 32, "$3": limit, "$4": "flag", "%tid.x": thread}
-    compute = COMPUTE | {"mov.u32": lambda a: a, "setp.ge.s32": lambda a, b: a >= b}
-    code = [
-        STATEMENT.fullmatch(line).groups() for line in floor_kernels._COUNT_ASM.value.split("\n")
-    ]
-    registers, loaded, stored, at, clock = dict(inputs), [], {}, 0, count()
-    while at < len(code):
-        negated, guard, opcode, arguments, _ = code[at]
-        at += 1
-        if opcode in (None, ".reg") or (guard and registers[guard] == bool(negated)):
-            continue
-        *into, last = re.findall(r"[^][{}, ]+", arguments)
-        registers["%globaltimer"] = next(clock)
-        if opcode == "bra":
-            at = [label for *_, label in code].index(last)
-        elif opcode.startswith("ld."):
-            assert registers[last] == "counter"
-            loaded.append(next(counts))
-            registers[into[0]] = loaded[-1]
-        elif opcode.startswith("st."):
-            stored[registers[into[0]]] = registers[last]
-        else:
-            values = [registers[v] if v in registers else int(v) for v in [*into[1:], last]]
-            registers[into[0]] = compute[opcode](*values)
-    return loaded, stored
-
-
-def test_one_thread_awaits_the_count():
-    assert await_count(0, iter([30, 31, 31, 32])) == ([30, 31, 31, 32], {})
-    assert await_count(0, iter([35]), limit=-1) == ([35], {})  # others can be a step ahead
-    assert await_count(1, iter([])) == ([], {})
-    loaded, stored = await_count(0, repeat(31, 1000), limit=500)
-    assert stored == {"flag": 1} and 50 < len(loaded) < 500
+def test_missing_program_is_reported(barrier):
+    emulator = exchange_emulator(missing=PROGRAMS + 2)
+    with pytest.raises(launch.ExchangeTimeout):
+        hand_over(FP32, 1, 64, emulator, barrier=barrier)
+    assert [fault for fault in emulator.faults if "x no progress: " not in fault] == []
 
 
 # The kernels, compiled
@@ -671,4 +683,4 @@ def test_right_values_are_handed_over_on_a_device(slices, barrier):
     floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)
     torch.cuda.synchronize()
     launch.raise_if_failed(y.device)
-    assert torch.equal(y.cpu(), interpreted_floors.exact(y, plan.BLOCK_B).float().to(BF16))
+    assert torch.equal(y.cpu(), exact(y, plan.BLOCK_B).float().to(BF16))

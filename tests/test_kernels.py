@@ -1,145 +1,240 @@
-"""The real kernels, interpreted, every program of a launch in a process of its own."""
+"""The compiled kernels, executed: whole launches in the emulator, with all that it checks.
 
-import interpreted as cases
+Cases that differ only in T, B, lengths, seed or plan's grid share a kernel, and its compilation."""
+
+import zlib
+from dataclasses import replace
+
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
+from emulator import Emulator, why_not
+from emulator.cases import Case, pair, plan_of, problem_of, run_kernels, what_is_wrong
 
-VARIANTS = pytest.mark.parametrize("textbook", [False, True], ids=["torch", "textbook"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-# Each is (T, B, plan); H is odd where it can be, so that units, rows and chunks are padded.
-SHAPES = {
-    "solo": (6, 5, cases.make_plan(21, solo=True)),
-    "solo, two directions": (3, 17, cases.make_plan(32, D=2, solo=True)),
-    "solo, one unit": (2, 1, cases.make_plan(1, solo=True)),
-    "group": (6, 13, cases.make_plan(64, BLOCK_K=64, SPLIT_K=4)),
-    "group, two chunks, padded": (5, 3, cases.make_plan(51)),
-    "group, not split": (3, 2, cases.make_plan(48, BLOCK_K=16, SPLIT_K=1)),
-    "group, two directions": (4, 3, cases.make_plan(31, D=2)),
-    "group, a launch for each direction": (4, 3, cases.make_plan(32, D=2, directions=1)),
-    "group, batch tiles side by side": (3, 33, cases.make_plan(32)),
-    "group, batch tiles one after another": (3, 33, cases.make_plan(32, batch_programs=1)),
-    "group, one step": (1, 1, cases.make_plan(32)),
-    "group, wide blocks": (3, 4, cases.make_plan(64, BLOCK_H=32, BLOCK_K=64, SPLIT_K=2)),
+from trigru import forward, launch
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+VARIANTS = (False, True)  # textbook
+SOLO, LATENCY, STAGED, WGMMA = (
+    {"form": "solo", "H": 21},
+    {"form": "latency", "H": 29},
+    {"form": "throughput", "H": 72},
+    {"form": "throughput wgmma", "H": 100},
+)
+GROUP = LATENCY
+EVERY = (SOLO, LATENCY, STAGED, WGMMA)
+# Each kind of product on one device at least, and the mma that both have on both.
+TARGETS = [(90, "bf16"), (90, "fp16"), (90, "tf32"), (80, "bf16"), (80, "tf32"), (80, "ieee")]
+
+
+def fits(target, shape):
+    return target == (90, "bf16") or target == (90, "fp16") or "wgmma" not in shape["form"]
+
+
+def seeded(cases):
+    """Each with a seed of its own, which a case that is added or removed leaves alone."""
+    return [replace(case, seed=zlib.crc32(str(case).encode()) % 1000) for case in cases]
+
+
+def on(cases):
+    return pytest.mark.parametrize("case", seeded(cases), ids=str)
+
+
+def check(case):
+    wrong, _ = what_is_wrong(case)
+    assert not wrong, "\n".join(wrong[:9])
+
+
+@on(
+    Case(*target, textbook, B=B, T=T, **shape)
+    for target in TARGETS
+    for textbook in VARIANTS
+    for shape in EVERY
+    for B, T in ((5, 6), (19, 2), (1, 1))
+    if fits(target, shape) and (target != TARGETS[1] or B == 5)
+)
+def test_numbers(case):
+    check(case)
+
+
+@on(
+    Case(*TARGETS[i], textbook, **{"B": 5, "T": 4} | shape)
+    for textbook in VARIANTS
+    for i, shape in (
+        (0, LATENCY | {"H": 200}),  # chunks, one after another
+        (4, LATENCY | {"H": 100}),
+        (0, {"form": "latency16", "H": 40, "B": 15}),
+        (4, {"form": "latency16", "H": 40, "B": 15}),
+        (0, {"form": "latency shared", "H": 200}),
+        (3, {"form": "latency shared", "H": 200}),
+        (5, {"form": "latency shared", "H": 100}),
+        (1, {"form": "solo16", "H": 31, "B": 15}),
+        (3, {"form": "solo16", "H": 32, "B": 15}),
+        (0, {"form": "solo wgmma", "H": 60, "B": 15}),
+        (0, STAGED | {"H": 71}),  # the last unit has no neighbour
+        (0, WGMMA | {"H": 131, "B": 20}),
+        (3, STAGED | {"H": 128, "B": 20}),  # nothing is padded
+        (0, SOLO | {"H": 1, "B": 1, "T": 2}),
+        (5, SOLO | {"H": 1, "B": 1, "T": 2}),
+        (4, LATENCY | {"H": 64, "D": 2}),
+        (4, LATENCY | {"H": 64, "D": 2, "directions": 1}),
+        (0, STAGED | {"D": 2}),
+        (3, SOLO | {"H": 32, "D": 2}),
+        (0, LATENCY | {"reverse": True}),
+        (3, STAGED | {"reverse": True}),
+        (4, SOLO | {"reverse": True}),
+        (0, {"H": 130, "T": 2}),  # as the library would plan it
+    )
+)
+def test_forms_and_directions(case):
+    check(case)
+
+
+@on(
+    Case(90, "bf16", textbook, B=B, T=T, batch_programs=programs, **shape)
+    for textbook in VARIANTS
+    for shape in EVERY
+    for B, T, programs in ((33, 3, None), (33, 3, 1), (40, 2, 2), (16, 1, 1))
+)
+def test_batch_tiles_side_by_side_and_one_after_another(case):
+    check(case)
+
+
+# Tiles that end early or never begin, rows that join on the way back
+LENGTHS = {
+    "few": (5, 3, 3, 1),
+    "tiles": (4,) * 5 + (3,) * 11 + (2,) * 10 + (1,) * 9,
+    "equal": (3, 3),
+    "one": (3,),
 }
 
 
-@VARIANTS
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES)
-def test_numbers(interpreted, shape, dtype, textbook):
-    T, B, plan = SHAPES[shape]
-    interpreted(cases.within_rule, T, B, plan, dtype, textbook=textbook)
-
-
-@VARIANTS
-@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
-def test_one_direction_reversed(interpreted, solo, textbook):
-    plan = cases.make_plan(29, solo=solo)
-    interpreted(cases.within_rule, 5, 3, plan, torch.float32, textbook=textbook, reverse=True)
-
-
-# Each is (plan, lengths): tiles that end early or never begin, and rows that join on the way back.
-PACKED = {
-    "solo": (cases.make_plan(21, solo=True), [6, 4, 4, 1]),
-    "solo, several tiles": (cases.make_plan(16, BLOCK_K=16, solo=True, D=2), [5] * 3 + [2] * 20),
-    "group": (cases.make_plan(31), [5, 3, 3, 1]),
-    "group, two directions": (cases.make_plan(48, BLOCK_K=16, D=2), [4, 4, 2]),
-    "group, several tiles": (cases.make_plan(32), [4] * 5 + [3] * 11 + [2] * 10 + [1] * 9),
-    "group, tiles one after another": (
-        cases.make_plan(32, D=2, batch_programs=1, directions=1), [3] * 10 + [1] * 10,
-    ),
-    "group, equal lengths": (cases.make_plan(32), [3, 3]),
-    "group, one sequence": (cases.make_plan(32, D=2), [3]),
-}  # fmt: skip
-
-
-@VARIANTS
-@DTYPES
-@pytest.mark.parametrize("shape", PACKED)
-def test_packed_numbers(interpreted, shape, dtype, textbook):
-    plan, lengths = PACKED[shape]
-    T, B = lengths[0], len(lengths)
-    interpreted(cases.within_rule, T, B, plan, dtype, textbook=textbook, lengths=lengths)
-
-
-@VARIANTS
-@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
-def test_packed_one_direction_reversed(interpreted, solo, textbook):
-    plan, lengths = cases.make_plan(29, solo=solo), [5, 4, 1]
-    interpreted(
-        cases.within_rule, 5, 3, plan, torch.float32, textbook=textbook, reverse=True,
-        lengths=lengths,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("lengths", [[1], [5, 3, 3, 1], [700, 512, 257, 256, 255, 1]], ids=str)
-def test_tiles_end_with_their_first_sequence(interpreted, lengths):
-    interpreted(cases.tiles_end_with_their_first_sequence, lengths)
-
-
-def test_without_bias(interpreted):
-    plan = cases.make_plan(32)
-    interpreted(cases.within_rule, 3, 2, plan, torch.float32, textbook=False, bias=False)
-
-
-@VARIANTS
-def test_same_bits_every_time(interpreted, textbook):
-    interpreted(cases.same_bits_twice, cases.make_plan(32), textbook=textbook)
-
-
-@VARIANTS
-@pytest.mark.parametrize("lengths", [None, [3, 3, 2, 1, 1]], ids=["dense", "packed"])
-@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
-def test_an_ensemble_is_its_members(interpreted, solo, lengths, textbook):
-    plans = (cases.make_plan(32, D=D, solo=solo, directions=min(D, 3)) for D in (4, 2))
-    interpreted(cases.an_ensemble_is_its_members, *plans, textbook=textbook, lengths=lengths)
-
-
-@VARIANTS
-@pytest.mark.parametrize("where", ["gx", "h0"])
-@pytest.mark.parametrize(
-    ("value", "dtype", "solo"),
-    [
-        ("nan", torch.float32, True),
-        ("inf", torch.float32, True),
-        ("nan", torch.float16, False),
-        ("nan", torch.float32, False),
-        ("inf", torch.float32, False),
-    ],
-)
-def test_not_finite_stays_in_its_row(interpreted, solo, value, where, dtype, textbook):
-    plan = cases.make_plan(29, solo=solo)
-    interpreted(cases.not_finite_stays_in_its_row, plan, dtype, where, value, textbook=textbook)
-
-
-@VARIANTS
-@pytest.mark.parametrize("b", [0, 1, 2])
-@pytest.mark.parametrize("solo", [True, False], ids=["solo", "group"])
-def test_nan_stays_in_its_packed_sequence(interpreted, solo, b, textbook):
-    plan = cases.make_plan(29, D=2, solo=solo)
-    interpreted(cases.nan_stays_in_its_packed_sequence, plan, b, textbook=textbook)
-
-
-@VARIANTS
-def test_missing_program_is_reported(interpreted, textbook):
-    interpreted(
-        cases.missing_program_is_reported, cases.make_plan(48, BLOCK_K=16), textbook=textbook
+@on(
+    Case(*target, textbook, B=len(n), T=n[0], lengths=n, D=D, batch_programs=programs, **shape)
+    for textbook in VARIANTS
+    for shape in (SOLO, LATENCY, STAGED)
+    for target, n, D, programs in (
+        (TARGETS[0], LENGTHS["few"], 1, None),
+        (TARGETS[0], LENGTHS["tiles"], 1, 1),
+        (TARGETS[4], LENGTHS["few"], 2, None),
+        (TARGETS[4], LENGTHS["tiles"], 2, None),
+        (TARGETS[4], LENGTHS["tiles"], 2, 1),
+        (TARGETS[4], LENGTHS["equal"], 2, None),
+        (TARGETS[4], LENGTHS["one"], 2, None),
     )
+)
+def test_packed_numbers(case):
+    check(case)
 
 
-@pytest.mark.parametrize("numpy, excused", [("2.3.5", False), ("2.4.0", True), ("2.10.1", True)])
-def test_an_interpreter_that_is_broken_is_excused_by_numpy_alone(monkeypatch, numpy, excused):
-    """A skip must not hide that the kernels are not interpreted where they should be."""
+@on(
+    Case(90, "bf16", textbook, B=len(n), T=n[0], lengths=n, reverse=True, **shape)
+    for textbook in VARIANTS
+    for shape in EVERY
+    for n in ((5, 4, 1), LENGTHS["tiles"])
+)
+def test_packed_one_direction_reversed(case):
+    check(case)
 
-    class Broken:
-        def __getitem__(self, grid):
-            raise InterpreterError("only 0-dimensional arrays")
 
-    monkeypatch.setattr(cases, "_count_kernel", Broken())
-    monkeypatch.setattr(cases.np, "__version__", numpy)
-    if excused:
-        assert f"does not run with NumPy {numpy}" in cases.broken_interpreter()
-    else:
-        with pytest.raises(InterpreterError):
-            cases.broken_interpreter()
+@on(
+    Case(90, "bf16", False, B=len(n), T=n[0], lengths=n, **SOLO)
+    for n in ((40,) * 8 + (37,), (37,) * 9 + (1,), (33,) * 8 + (32,) * 9 + (31,), (50, 1), (1, 1))
+)
+def test_tiles_end_with_their_first_sequence(case):
+    check(case)
+
+
+@on(
+    Case(sm, "bf16", textbook, B=5, T=3, **shape, **what)
+    for sm, shape, textbook in ((90, GROUP, False), (80, SOLO, False), (90, STAGED, True))
+    for what in ({"bias": False}, {"save": False}, {"offset": 1}, {"offset": 3})
+)
+def test_without_bias_or_saved_gates_and_from_any_address(case):
+    check(case)
+
+
+@on(
+    Case(*target, textbook, B=17, T=4, again=3, **shape)
+    for target, shape in ((TARGETS[0], LATENCY), (TARGETS[4], LATENCY), (TARGETS[0], WGMMA))
+    for textbook in VARIANTS
+)
+def test_same_bits_whatever_the_schedule(case):
+    check(case)
+
+
+@on(
+    Case(*target, textbook, B=5, T=4, where=where, poison=value, **shape)
+    for target in (TARGETS[0], TARGETS[1], TARGETS[4], TARGETS[5])
+    for textbook in VARIANTS
+    for shape in (*EVERY, STAGED | {"H": 71})
+    for where in ("gx", "h0")
+    for value in ("nan", "inf")
+    if fits(target, shape) and (target == TARGETS[0] or shape in (SOLO, LATENCY))
+)
+def test_not_finite_stays_in_its_row(case):
+    check(case)
+
+
+@on(
+    Case(80, "tf32", textbook, B=3, T=4, D=2, lengths=(4, 3, 1), where="h0", row=row,
+         poison="nan", **shape)
+    for textbook in VARIANTS
+    for shape in (SOLO, GROUP)
+    for row in range(3)
+)  # fmt: skip
+def test_nan_stays_in_its_packed_sequence(case):
+    check(case)
+
+
+@on(
+    Case(*target, textbook, B=3, T=5, missing=True, **shape)
+    for target, shape in ((TARGETS[0], LATENCY), (TARGETS[4], LATENCY), (TARGETS[3], STAGED))
+    for textbook in VARIANTS
+)
+def test_missing_program_is_reported(case):
+    check(case)  # the next launch refuses
+    check(replace(case, missing=False))  # once; then the flag is down again
+
+
+@on(
+    Case(*target, textbook, B=5, T=3, far=tile, **shape)
+    for target in (TARGETS[0], TARGETS[4])
+    for textbook in VARIANTS
+    for shape in (SOLO, LATENCY, STAGED)
+    for tile in (10**6, 10**8)
+)
+def test_rows_beyond_four_gigabytes(case):
+    check(case)
+
+
+@on(
+    Case(90, "bf16", textbook, B=5, T=3, D=4, lengths=lengths, directions=3, **shape)
+    for textbook in VARIANTS
+    for shape, lengths in ((SOLO, None), (GROUP, (3, 3, 2, 1, 1)))
+)
+def test_an_ensemble_is_its_members(case):
+    """More recurrences than one launch computes, beside launches of their own: the same bits."""
+    check(case)
+    inputs, cotangents = problem_of(case)
+    together = run_kernels(case, inputs, cotangents, Emulator(seed=case.seed))
+    two = replace(case, D=2, directions=None)
+    for d in range(0, case.D, 2):
+        ours, alone = pair(together, d), Emulator(seed=d)
+        for name, t in run_kernels(two, pair(inputs, d), pair(cotangents, d), alone).items():
+            assert torch.equal(ours[name], t), name
+        assert not alone.faults
+
+
+@pytest.mark.parametrize("textbook", VARIANTS, ids=["torch", "textbook"])
+def test_an_empty_batch_launches_nothing(textbook):
+    case = Case(90, "bf16", textbook, B=1, T=3, **GROUP)
+    plan = plan_of(case, backward=False)
+    inputs, _ = problem_of(replace(case, B=0))
+    with Emulator() as emulator:
+        y, h_n, _ = forward.gru_forward(
+            **inputs, offsets=None, textbook=textbook, reverse=False, bidirectional=False,
+            save=True, plan=plan,
+        )  # fmt: skip
+    assert y.shape == (3, 0, 1, 29) and h_n.shape == (1, 0, 29) and emulator.results == []
+    launch.raise_if_failed(y.device)

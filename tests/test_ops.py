@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from interpreted import offsets_of
-from numerics import assert_within_rule
+from numerics import assert_within_rule, offsets_of
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -116,15 +116,17 @@ def settle(tile, ptrs, limit, error_ptr, TILE: gl.constexpr, FORM: gl.constexpr)
 
 
 @gluon.jit
-def await_tiles(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
-    """What a product takes of an exchanged tensor: all of its tiles; or, where they go through
-    stages in shared memory, the first, those that follow under way, and whence."""
+def await_tiles(ptrs, limit, error_ptr, TILES: gl.constexpr, GATES: gl.constexpr,
+                FORM: gl.constexpr):  # fmt: skip
+    """What the products of so many gates take of an exchanged tensor: all of its tiles; or, where
+    they go through stages in shared memory, the first, those that follow under way, and whence. A
+    product of one gate alone hides less than a load takes: then two follow, else one."""
     if FORM.STAGES == 0:
         return wait(ptrs, limit, error_ptr, TILES, FORM)
     else:
         tile = wait(ptrs, limit, error_ptr, 1, FORM)
         begun = ()
-        for t in gl.static_range(1, min(FORM.BEGUN, TILES - 1) + 1):
+        for t in gl.static_range(1, min(1 if GATES > 1 else 2, TILES - 1) + 1):
             begun = begun + (begin(ptrs, t, FORM),)  # noqa: RUF005
         return tile[0], begun, ptrs, limit, error_ptr
 

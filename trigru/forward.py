@@ -20,6 +20,7 @@ from .tiles import (
     rows_of_step,
     shared_memory,
     sigmoid,
+    sigmoids,
     steps_of_tile,
     tanh,
     total,
@@ -63,6 +64,7 @@ def _gru_forward_kernel(
     G: gl.constexpr = 3 if TEXTBOOK else 4
     SOLO: gl.constexpr = FORM.SOLO
     CHUNKS: gl.constexpr = FORM.CHUNKS
+    GATES: gl.constexpr = 2 if TEXTBOOK else 3  # that are multiplied by the state
     # So many steps ahead gx is loaded; where nothing is waited for, one step is too short.
     AHEAD: gl.constexpr = 2 if SOLO else 1
     L: gl.constexpr = FORM.out
@@ -153,10 +155,10 @@ def _gru_forward_kernel(
                         state = (states[half],)
                     elif PACKED:
                         source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
-                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
                     else:
                         source = y_ptr + before * (D * H_ROW) + awaited
-                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
+                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
                     a_r = unpacked(gx[0], dtype, FORM) + b_r
                     a_z = unpacked(gx[1], dtype, FORM) + b_z
                     a_n = unpacked(gx[2], dtype, FORM)
@@ -176,7 +178,12 @@ def _gru_forward_kernel(
                     sums = product(us, state, stages, place, FORM)
                     # gates
                     h_before = h
-                    r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
+                    if FORM.SPLIT_K == 1:
+                        gh_r = total(sums[0], place[0], mask_h, FORM)
+                        gh_z = total(sums[1], place[1], mask_h, FORM)
+                        r, z = sigmoids(a_r + gh_r, a_z + gh_z, FORM)
+                    else:
+                        r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
                     if TEXTBOOK:
                         reset = r * h
                         if SOLO:
@@ -185,19 +192,23 @@ def _gru_forward_kernel(
                         else:
                             rh = rh_ptr + row * (D * H_ROW)
                             publish(rh + own_y, reset, mask, FORM)
-                        z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
+                        if FORM.SPLIT_K > 1:
+                            z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
                         if not SOLO:
                             source = rh + awaited
                             if PACKED:
                                 source = rh + awaited_offsets(end, D * H_ROW, FORM)
-                            reset_state = await_tiles(source, wait_limit, error_ptr, CHUNKS, FORM)
+                            reset_state = await_tiles(
+                                source, wait_limit, error_ptr, CHUNKS, 1, FORM
+                            )
                         sums_n = product((u_n,), reset_state, stages, place[2:3], FORM)
-                        n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM))
+                        n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM), FORM)
                         h = (1 - z) * h + z * n
                     else:
-                        z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
+                        if FORM.SPLIT_K > 1:
+                            z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
                         gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
-                        n = tanh(a_n + r * gh_n)
+                        n = tanh(a_n + r * gh_n, FORM)
                         h = n + z * (h - n)
                     if PACKED:
                         h = gl.where(mask, h, h_before)

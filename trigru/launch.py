@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .plan import LaunchPlan
 
-# How long a launch may take before its waits give up: a fixed part and a part for each step.
-WAIT_SECONDS = 5.0  # over 2³¹ ns, so that the bound is an int64 for every T
-WAIT_SECONDS_PER_STEP = 1e-3
+# After so many looks at what is not there a wait gives up: some seconds, as a look at L2 takes a few
+# tenths of a microsecond. Those after it in the same launch give up at once.
+WAIT_POLLS = 20_000_000
 
 _error_flags: dict[torch.device, Tensor] = {}
 _error_flags_lock = threading.Lock()  # two threads must not each make one
@@ -21,11 +21,6 @@ _error_flags_lock = threading.Lock()  # two threads must not each make one
 
 class ExchangeTimeout(RuntimeError):
     """A program of a persistent launch waited too long for another one's data."""
-
-
-def wait_limit(steps: int) -> int:
-    """The bound on all waits of a launch whose programs walk so many steps, in nanoseconds."""
-    return int(1e9 * (WAIT_SECONDS + WAIT_SECONDS_PER_STEP * steps))
 
 
 def error_flag(device: torch.device) -> Tensor:
@@ -76,12 +71,14 @@ def compile_options() -> dict[str, Any]:
 
 def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments for a plan, by name."""
-    from .tiles import Form
+    from .tiles import Form  # Triton is not on every machine
+
     form = Form(
-        H=plan.H, H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B, WARPS=plan.num_warps, BITS=plan.bits,
-        SPLIT_K=plan.num_warps if plan.split else 1, CHUNKS=plan.chunks, STAGES=plan.stages, SOLO=plan.solo,
-        U_SHARED=plan.u_shared, WGMMA=plan.wgmma, EXACT=plan.bits == 32 and not tf32, NEWER=plan.newer,
-    )
+        H=plan.H, H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B,
+        WARPS=plan.num_warps, BITS=plan.bits, SPLIT_K=plan.num_warps if plan.split else 1,
+        CHUNKS=plan.chunks, STAGES=plan.stages, SOLO=plan.solo, U_SHARED=plan.u_shared,
+        WGMMA=plan.wgmma, EXACT=plan.bits == 32 and not tf32, NEWER=plan.newer,
+    )  # fmt: skip
     return {"D": plan.D, "FORM": form, **switches}
 
 
@@ -104,7 +101,6 @@ def launch(
     raise_if_failed(device)
     tf32 = dtype == torch.float32 and uses_tf32(device)
     groups, tiles_at_once, _ = plan.grid(B)
-    steps = T * -(-B // (plan.rows * tiles_at_once))  # that one program walks
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)
@@ -115,7 +111,7 @@ def launch(
                 T,
                 B,
                 plan.rows,
-                wait_limit(steps),
+                WAIT_POLLS,
                 first_direction,
                 **compile_time(plan, tf32, PACKED=offsets is not None, **switches),
                 **compile_options(),

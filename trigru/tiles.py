@@ -54,7 +54,6 @@ class Form:
     SPLIT_K: int = 1  # parts of a sum over K, one for each warp; or 1
     CHUNKS: int = 1  # of the sum over K, each multiplied at once
     STAGES: int = 0  # tiles in shared memory that awaited chunks go through, by turns
-    BEGUN: int = 2  # of those chunks, how many are on their way while another is multiplied
     SOLO: bool = False
     U_SHARED: int = 0  # of the chunks, so many of the last have their U in shared memory
     WGMMA: bool = False  # products by wgmma, of sm_90; its tiles are 2-D, without SPLIT_K
@@ -436,17 +435,51 @@ def sigmoid(x):
 
 
 @gluon.jit
-def tanh(x):
-    """tanh to a few ulp; 1 − 2 / (1 + e²ˣ) alone would lose the small values' last digits.
+def _exponential(x):
+    """e⁻ˣ, at most 2⁶⁰; NaN stays."""
+    asm: gl.constexpr = "min.NaN.f32 $0, $1, 0f42700000; ex2.approx.ftz.f32 $0, $0;"
+    return gl.inline_asm_elementwise(
+        asm, "=r,r", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
 
-    Below 0.55 it is x + x³ q(x²), q the Chebyshev fit of degree 4 to (tanh x − x) / x³."""
-    s = x * x
-    q = -0.006272607483 * s + 0.021070253104
-    q = q * s - 0.053851865232
-    q = q * s + 0.133325800300
-    q = q * s - 0.333333164454
+
+@gluon.jit
+def _times(w, u):
+    """w u, but 0 where it is below 2⁻⁵⁹; NaN stays."""
+    asm: gl.constexpr = "fma.rn.f32 $0, $1, $2, 0fA2000000; max.NaN.f32 $0, $0, 0f00000000;"
+    return gl.inline_asm_elementwise(asm, "=r,r,r", [w, u], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def sigmoids(x, y, FORM: gl.constexpr):
+    """σ(x) and σ(y). With many elements a thread the special functions are what a step takes
+    longest for: of 16 bits, one reciprocal for two. 1 / u = v · (1 / u v)."""
+    if FORM.SPLIT_K == 1 and FORM.BITS == 16:
+        u = 1.0 + _exponential(x)
+        v = 1.0 + _exponential(y)
+        w = rcp(u * v)
+        a = _times(w, v)
+        b = _times(w, u)
+    else:
+        a = sigmoid(x)
+        b = sigmoid(y)
+    return a, b
+
+
+@gluon.jit
+def tanh(x, FORM: gl.constexpr):
+    """1 − 2 / (1 + e²ˣ). Of 16 bits and many elements a thread that is enough, wrong by 2⁻²² at
+    most. Else to a few ulp: below 0.55 it is x + x³ q(x²), q the Chebyshev fit of degree 4 to
+    (tanh x − x) / x³."""
     large = 1.0 - 2.0 * rcp(1.0 + ex2(x * 2.8853900817779268))
-    return gl.where(gl.abs(x) < 0.55, x + x * s * q, large)
+    if FORM.SPLIT_K > 1 or FORM.BITS == 32:
+        s = x * x
+        q = -0.006272607483 * s + 0.021070253104
+        q = q * s - 0.053851865232
+        q = q * s + 0.133325800300
+        q = q * s - 0.333333164454
+        large = gl.where(gl.abs(x) < 0.55, x + x * s * q, large)
+    return large
 
 
 @gluon.jit
@@ -545,8 +578,8 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
         if FORM.EXCHANGE:
             stages[c % len(stages)].store(gl.reshape(arrived, [FORM.K, FORM.BLOCK_B]))
             tile = stages[c % len(stages)]
-            if c + FORM.BEGUN + 1 < COUNT:
-                begun = begun + (begin(ptrs, c + FORM.BEGUN + 1, FORM),)  # noqa: RUF005
+            if c + len(begun) + 1 < COUNT:
+                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)  # noqa: RUF005
             # A product is waited for before the next barrier: after that, what it reads may be
             # stored to. The compiler's barriers alone would not do, which take it to have read.
             if c > 0:
@@ -603,8 +636,8 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
         if FORM.STAGES > 0:
             stages[c % len(stages)].store(arrived)
             tile = stages[c % len(stages)]
-            if c + FORM.BEGUN + 1 < COUNT:
-                begun = begun + (begin(ptrs, c + FORM.BEGUN + 1, FORM),)  # noqa: RUF005
+            if c + len(begun) + 1 < COUNT:
+                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)  # noqa: RUF005
         elif FORM.SOLO:  # the shared memory that the state was published to
             tile = tiles[c].reshape([1, FORM.K, FORM.BLOCK_B])
         else:
