@@ -11,7 +11,7 @@ between plans that fit is a model of clocks per step, fitted to what the compile
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +25,11 @@ MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where mor
 # is over of U lies in shared memory.
 HELD_REGISTERS = 150
 
-# Tiles to choose from.
-SOLO_ROWS = (8, 16, 32)
-LATENCY_TILES = ((8, 4), (8, 8), (16, 4), (16, 8))  # rows, warps
-THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8), (32, 32, 4))  # units, rows, warps
+# The tiles to choose from: those that are the best ones somewhere.
+SOLO_TILES = ((8,), (16,), (32,))  # rows
+LATENCY_TILES = ((8, 4), (8, 8), (16, 8))  # rows, warps
+THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (64, 64, 16), (128, 32, 8))  # and units
+NARROW_TILES = ((32, 32, 4), (32, 64, 8))  # where those have no room for U
 
 
 class NoPlan(ValueError):
@@ -69,7 +70,7 @@ class LaunchPlan:
     split: bool = False  # the warps split the sum over K: a latency group
     chunks: int = 1  # of the sum over K, each multiplied at once
     stages: int = 0  # tiles in shared memory that awaited chunks go through, by turns
-    u_shared: int = 0  # of the chunks, so many have their U in shared memory, the others in registers
+    u_shared: int = 0  # of the chunks, so many have U in shared memory; the others in registers
     wgmma: bool = False  # products by wgmma
     newer: bool = True  # sm_90 and later: the wait has an instruction for its test
     # How a batch is spread over the device: see `spread`.
@@ -152,14 +153,21 @@ def candidates(
     """All plans that this device can run."""
     which = {"backward": backward, "textbook": textbook}
     wgmma = limits.capability[0] == 9 and itemsize == 2
-    plans = [_solo(H, D, itemsize, rows, wgmma, **which) for rows in SOLO_ROWS]
-    plans += [_latency(H, D, itemsize, *tile, **which) for tile in LATENCY_TILES]
-    plans += [_throughput(H, D, itemsize, *tile, wgmma, **which) for tile in THROUGHPUT_TILES]
+
+    def fitting(form: Callable, tiles: Iterable, *how: bool) -> list[LaunchPlan]:
+        plans = (form(H, D, itemsize, *tile, *how, **which) for tile in tiles)
+        return [plan for plan in plans if plan and plan.shared_bytes <= limits.shared_bytes]
+
+    if H * itemsize <= MAX_SOLO_ROW_BYTES:  # to wait for nobody is faster, whatever the batch
+        plans = fitting(_solo, SOLO_TILES, wgmma)
+    else:
+        plans = fitting(_latency, LATENCY_TILES)
+        plans += fitting(_throughput, THROUGHPUT_TILES, wgmma) or fitting(
+            _throughput, NARROW_TILES, wgmma
+        )
     for plan in plans:
-        if plan and plan.shared_bytes <= limits.shared_bytes:
-            spread_plan = spread(plan, limits, B)
-            if spread_plan:
-                yield spread_plan
+        if spread_plan := spread(plan, limits, B):
+            yield spread_plan
 
 
 def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
@@ -171,7 +179,8 @@ def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
     if plan.solo:  # nobody waits: a grid may be larger than the device
         directions = plan.D
     at_once = max(1, limits.sm_count // (plan.programs * directions))
-    rows = min(plan.BLOCK_B, max(1, -(-B // at_once)))
+    rounds = max(1, -(-B // (at_once * plan.BLOCK_B)))
+    rows = max(1, -(-B // (at_once * rounds)))
     return replace(
         plan, rows=rows, directions=directions, batch_programs=at_once,
         newer=limits.capability >= (9, 0),
@@ -183,7 +192,7 @@ def _solo(
 ) -> LaunchPlan | None:
     H_pad = max(16, 1 << (H - 1).bit_length())  # sides of tiles are powers of two
     wgmma &= rows == 32 and H_pad >= 64
-    if H * itemsize > MAX_SOLO_ROW_BYTES or (rows == 32 and not wgmma):
+    if rows == 32 and not wgmma:
         return None
     u_shared = wgmma
     states = 3 if backward else 2 if textbook else 1
@@ -227,6 +236,8 @@ def _throughput(
     H_pad = -(-H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
     wgmma &= block_h >= 64
+    if warps == 16 and not (wgmma and H_pad <= 256):  # 128 registers a thread: it would spill
+        return None
     if chunk * rows * itemsize < VECTOR_BYTES * 32 * warps:
         return None
     stages = 2
@@ -253,8 +264,8 @@ class Costs:
     stage: float  # a chunk through shared memory: two barriers, and the products wait for it
 
 
-FORWARD = Costs(73, 918, 15, 69, 6.8, 13.5, 2.9, 406)
-BACKWARD = Costs(214, 694, 18, 61, 8.4, 41, 3.1, 239)
+FORWARD = Costs(183, 791, 17.9, 73, 6.5, 8.2, 4.3, 258)
+BACKWARD = Costs(193, 709, 18.9, 70, 6.8, 44, 3.0, 214)
 
 
 def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float:
