@@ -1,4 +1,4 @@
-"""The command line: `python -m perf [train | sweep | evidence | plot | compare | static]`."""
+"""The command line: `python -m perf [train | sweep | evidence | plot | compare | static | regret]`."""
 
 import argparse
 import math
@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .static import write_static  # which needs Triton
 
         write_static(args.out or ROOT / "perf" / "static.csv")
+        return 0
+    if args.command == "regret":
+        from .regret import write_regret  # likewise
+
+        print(write_regret(args.out or ROOT / "perf" / "regret.csv"))
         return 0
     device = torch.device(args.device)
     if device.type == "cpu":
@@ -181,6 +186,8 @@ def parser() -> argparse.ArgumentParser:
 
     out = ("CSV", "default: perf/static.csv")
     command("static", "a model's clocks of compiled kernels, for GPUs that are not here", out)
+    out = ("CSV", "default: perf/regret.csv; what is estimated is kept in clocks.csv beside it")
+    command("regret", "how far the plans that are chosen lie behind the best, by a model", out)
     return top
 
 

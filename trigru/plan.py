@@ -11,7 +11,7 @@ between plans that fit is a model of clocks per step, fitted to what the compile
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,12 @@ MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where mor
 # Of U and of an awaited tile together, what a thread of a latency group can hold in registers; what
 # is over of U lies in shared memory.
 HELD_REGISTERS = 150
+
+# The tiles to choose from: those that are the best ones somewhere.
+SOLO_TILES = ((8,), (16,), (32,))  # rows
+LATENCY_TILES = ((8, 4), (8, 8), (16, 8))  # rows, warps
+THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (64, 64, 16), (128, 32, 8))  # and units
+NARROW_TILES = ((32, 32, 4), (32, 64, 8))  # where those have no room for U
 
 
 class NoPlan(ValueError):
@@ -64,9 +70,7 @@ class LaunchPlan:
     split: bool = False  # the warps split the sum over K: a latency group
     chunks: int = 1  # of the sum over K, each multiplied at once
     stages: int = 0  # tiles in shared memory that awaited chunks go through, by turns
-    u_shared: int = (
-        0  # of the chunks, so many have their U in shared memory, the others in registers
-    )
+    u_shared: int = 0  # of the chunks, so many have U in shared memory; the others in registers
     wgmma: bool = False  # products by wgmma
     newer: bool = True  # sm_90 and later: the wait has an instruction for its test
     # How a batch is spread over the device: see `spread`.
@@ -148,25 +152,22 @@ def candidates(
 ) -> Iterator[LaunchPlan]:
     """All plans that this device can run."""
     which = {"backward": backward, "textbook": textbook}
-    plans: list[LaunchPlan | None] = []
-    hopper = limits.capability[0] == 9 and itemsize == 2
-    for wgmma in (False, True)[: 1 + hopper]:
-        plans += [_solo(H, D, itemsize, rows, wgmma, **which) for rows in (8, 16, 32)]
-        for block_h, block_b, warps in (
-            (32, 32, 4),
-            (64, 16, 4),
-            (64, 32, 4),
-            (64, 32, 8),
-            (64, 64, 8),
-        ):
-            plans += [_throughput(H, D, itemsize, block_h, block_b, warps, wgmma, **which)]
-    for rows, warps in ((8, 4), (8, 8), (16, 4), (16, 8)):
-        plans += [_latency(H, D, itemsize, rows, warps, **which)]
+    wgmma = limits.capability[0] == 9 and itemsize == 2
+
+    def fitting(form: Callable, tiles: Iterable, *how: bool) -> list[LaunchPlan]:
+        plans = (form(H, D, itemsize, *tile, *how, **which) for tile in tiles)
+        return [plan for plan in plans if plan and plan.shared_bytes <= limits.shared_bytes]
+
+    if H * itemsize <= MAX_SOLO_ROW_BYTES:  # to wait for nobody is faster, whatever the batch
+        plans = fitting(_solo, SOLO_TILES, wgmma)
+    else:
+        plans = fitting(_latency, LATENCY_TILES)
+        plans += fitting(_throughput, THROUGHPUT_TILES, wgmma) or fitting(
+            _throughput, NARROW_TILES, wgmma
+        )
     for plan in plans:
-        if plan and plan.shared_bytes <= limits.shared_bytes:
-            spread_plan = spread(plan, limits, B)
-            if spread_plan:
-                yield spread_plan
+        if spread_plan := spread(plan, limits, B):
+            yield spread_plan
 
 
 def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
@@ -178,7 +179,8 @@ def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
     if plan.solo:  # nobody waits: a grid may be larger than the device
         directions = plan.D
     at_once = max(1, limits.sm_count // (plan.programs * directions))
-    rows = min(plan.BLOCK_B, max(1, -(-B // at_once)))
+    rounds = max(1, -(-B // (at_once * plan.BLOCK_B)))
+    rows = max(1, -(-B // (at_once * rounds)))
     return replace(
         plan, rows=rows, directions=directions, batch_programs=at_once,
         newer=limits.capability >= (9, 0),
@@ -189,11 +191,10 @@ def _solo(
     H: int, D: int, itemsize: int, rows: int, wgmma: bool, *, backward: bool, textbook: bool
 ) -> LaunchPlan | None:
     H_pad = max(16, 1 << (H - 1).bit_length())  # sides of tiles are powers of two
-    if H * itemsize > MAX_SOLO_ROW_BYTES or (wgmma and (H_pad < 64 or rows < 16)):
+    wgmma &= rows == 32 and H_pad >= 64
+    if rows == 32 and not wgmma:
         return None
-    u_shared = wgmma or (rows > 16 and H_pad > 64)
-    if rows > 16 and (itemsize == 4 or not wgmma):
-        return None
+    u_shared = wgmma
     states = 3 if backward else 2 if textbook else 1
     shared = itemsize * (2 * states * H_pad * rows + (3 * H_pad * H_pad if u_shared else 0))
     return LaunchPlan(
@@ -234,7 +235,8 @@ def _throughput(
     unit = max(slice_k, block_h)
     H_pad = -(-H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
-    if wgmma and block_h < 64:
+    wgmma &= block_h >= 64
+    if warps == 16 and not (wgmma and H_pad <= 256):  # 128 registers a thread: it would spill
         return None
     if chunk * rows * itemsize < VECTOR_BYTES * 32 * warps:
         return None
@@ -247,9 +249,44 @@ def _throughput(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a step cost, in clocks of an H100: fitted to what perf.sass reads off the
+    compiled kernels, so a model of a model. `python -m perf regret` says what it is good for."""
+
+    phase: float  # a sum over all of h and the gates it is for, whatever their size
+    wait: float  # a store until it can be seen, a load's way from L2, what is polled in vain
+    kib: float  # 1024 bytes of what is waited for, from L2, some of them twice
+    element: float  # the gates of 128 elements: those of one thread of each scheduler's warp
+    product: float  # 16 × 8 × 16 of each scheduler by mma
+    chain: float  # one of those, of 16 of K, that another one follows
+    u_kib: float  # 1024 bytes of U that mma reads from shared memory
+    stage: float  # a chunk through shared memory: two barriers, and the products wait for it
+
+
+FORWARD = Costs(183, 791, 17.9, 73, 6.5, 8.2, 4.3, 258)
+BACKWARD = Costs(193, 709, 18.9, 70, 6.8, 44, 3.0, 214)
+
+
 def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float:
     """The model's clocks for a step of the whole batch."""
-    return plan.rounds(B) * (1000.0 + plan.BLOCK_B * plan.BLOCK_H)
+    cost = BACKWARD if backward else FORWARD
+    phases = 2 if textbook else 1
+    tiles = 3 if backward else phases  # of [H_pad, rows], that a step waits for
+    row_kib = plan.H_pad * plan.bits / 8 / 1024
+    step = phases * cost.phase
+    step += cost.element * max(plan.BLOCK_H * plan.BLOCK_B, 32 * plan.num_warps) / 128
+    if not plan.wgmma:  # whose products hide behind all else
+        k = plan.H_pad * plan.bits / 256  # in steps of a product
+        step += cost.product * 3 * k * (plan.BLOCK_H / 16) * (plan.BLOCK_B / 8) / 4
+        step += cost.u_kib * 3 * plan.BLOCK_H * row_kib * plan.u_shared / plan.chunks
+        if plan.split:
+            step += cost.chain * k / plan.num_warps
+    if not plan.solo:
+        step += phases * cost.wait + cost.kib * tiles * row_kib * plan.rows
+    if plan.stages:
+        step += cost.stage * tiles * plan.chunks
+    return plan.rounds(B) * step
 
 
 def aligned(tensor: Tensor) -> Tensor:
