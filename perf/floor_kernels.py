@@ -111,14 +111,14 @@ def _exchange_kernel(
     With BARRIER the group meets between the two, so that nothing is left to be awaited."""
     L: gl.constexpr = FORM.out
     ROW: gl.constexpr = SLICES * FORM.H_PAD
-    group = gl.program_id(1).to(gl.int64)
+    group = gl.program_id(1)
     unit = gl.program_id(0) * FORM.BLOCK_H + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))
     n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))
     mask = (unit < FORM.H_PAD)[:, None] & (n_row < rows)[None, :]  # [BLOCK_H, BLOCK_B]
     own = own_offsets(unit, ROW, L, FORM)
     awaited = awaited_offsets(awaited_rows(rows - 1, FORM), ROW, FORM)
 
-    y = y_ptr + group * rows * ROW
+    y = y_ptr + group.to(gl.int64) * rows * ROW
     step = gl.num_programs(1).to(gl.int64) * rows * ROW
     # Another value in each element and in each step, so that a wrong one is seen.
     value = ((group * FORM.BLOCK_B + n_row)[None, :] * FORM.H_PAD + unit[:, None]).to(gl.float32)
