@@ -524,6 +524,7 @@ LATENCY = LaunchPlan(
     H=48, D=1, bits=32, H_pad=64, BLOCK_H=16, BLOCK_B=8, num_warps=4, shared_bytes=0, split=True,
     rows=ROWS,
 )  # fmt: skip
+LARGE = replace(LATENCY, H=1024, H_pad=1024, num_warps=8, chunks=4)
 TWO_CHUNKS = replace(LATENCY, bits=16, H_pad=128, BLOCK_B=16, num_warps=2, chunks=2, newer=False)
 STAGED = LaunchPlan(
     H=192, D=1, bits=16, H_pad=256, BLOCK_H=64, BLOCK_B=16, num_warps=4, shared_bytes=0, chunks=4,
@@ -641,49 +642,57 @@ def places(pattern, text):
 @BARRIER
 @SLICES
 @pytest.mark.parametrize(
-    ("sm", "dtype", "H", "B"),
-    [(90, BF16, 1024, 16), (90, BF16, 1536, 64), (90, FP32, 256, 8), (80, BF16, 768, 16)],
+    ("sm", "dtype", "plan"),
+    [
+        pytest.param(90, FP32, LARGE, id="latency, fp32"),
+        pytest.param(80, FP16, TWO_CHUNKS, id="latency, two chunks"),
+        pytest.param(90, BF16, STAGED, id="throughput"),
+        pytest.param(90, FP32, WIDE, id="throughput, fp32"),
+    ],
 )
-def test_the_loop_is_stores_and_waits(sm, dtype, H, B, slices, barrier):
-    plan, _, sass, loops = compiled_exchange(sm, dtype, H, B, slices, barrier)
+def test_the_loop_is_stores_and_waits(sm, dtype, plan, slices, barrier):
+    form, _, sass, loops = compiled_exchange(sm, dtype, plan, slices, barrier)
     assert not re.search(r"\b(LDL|STL|HMMA|HGMMA|FFMA|LDS|STS)\b", sass)
     steps = max(loops, key=len)
-    vectors = slices * plan.H_pad // plan.BLOCK_K * plan.spin * dtype.itemsize // 16
-    # First tries and polls, of 16 bytes; there are no others outside of the loop.
-    for strength in ("SYS", "GPU"):
-        loads = rf"LDG\.E\.128\.STRONG\.{strength}\b"
-        assert len(places(loads, steps)) == len(places(loads, sass)) == vectors
-    # Each poll is in a loop of its own, with the clock that ends it.
+    tiles = slices * form.CHUNKS
+    looks = places(r"LDG\.E\.128\.STRONG\.GPU\b", steps)
+    # All tiles are polled at once, or each in a loop of its own; all of these but the first have
+    # been begun before. There is nothing of it outside of the time loop.
     polling = [loop for loop in loops if loop is not steps and "LDG.E.128.STRONG.GPU" in loop]
-    assert len(polling) == slices * plan.H_pad // plan.BLOCK_K
-    assert all("SR_GLOBALTIMERLO" in loop for loop in polling)
-    gives_up = r"STG\.E\.STRONG\.SYS\b"
-    assert len(places(gives_up, sass)) == len(polling) + barrier
-    # The slices are stored before the first look. No thread goes on to the next step's before all
-    # of its program have seen all of the tile.
-    stores = places(r"STG\.E(\.U16|\.64|\.128)? ", steps)
-    assert stores and max(stores) < min(places(r"LDG\.E\.128", steps))
-    assert places(r"STG\.E(\.U16|\.64|\.128)? ", sass[sass.index(steps) + len(steps) :]) == []
+    at_once, waits, begun = (1, tiles, tiles - 1) if form.STAGES else (tiles, 1, 0)
+    polled = [len(places(r"LDG\.E\.128\.STRONG\.GPU\b", loop)) for loop in polling]
+    assert polled == [at_once * form.VECTORS] * waits
+    assert len(looks) == sum(polled) + begun * form.VECTORS == len(places(r"LDG\.E\.128", sass))
+    # Each can give up, and sees whether another one did.
+    assert all(re.search(r"LDG\.E\.STRONG\.SYS\b", loop) for loop in polling)
+    assert len(places(r"STG\.E\.STRONG\.SYS\b", sass)) == waits + barrier
+    # The slices are stored before the first look, each element once, of 16 bits as pairs where a
+    # thread has neighbours. No thread goes on to the next step's before all of its program have
+    # seen all of the tile.
+    stores = places(r"STG\.E(\.U16)?\.STRONG\.GPU\b", steps)
+    of_thread = form.BLOCK_H * form.BLOCK_B // (32 * form.WARPS * (2 if form.PAIRS else 1))
+    assert len(stores) == slices * max(1, of_thread)
+    assert max(stores) < min(looks) and len(places(r"STG\.E.*\.GPU\b", sass)) == len(stores)
     barriers = places(r"BAR\.SYNC", steps)
-    assert len([b for b in barriers if b > max(places(r"LDG\.E\.128", steps))]) == 1
+    assert len([b for b in barriers if b > max(looks)]) == 1
     assert len(barriers) == (3 if barrier else 1)
 
 
 @SLICES
 @pytest.mark.parametrize("sm", [90, 80])
 def test_a_barrier_releases_what_was_stored_and_acquires_what_is_loaded(sm, slices):
-    _, ptx, _, _ = compiled_exchange(sm, BF16, 512, 16, slices, True)
-    order = r"st\.global|bar\.sync|atom\S+|ld\.acquire\S+|ld\.volatile|ld\.relaxed"
+    _, ptx, _, _ = compiled_exchange(sm, FP32, LATENCY, slices, True)
+    order = r"st\.relaxed\.gpu|bar\.sync|atom\S+|ld\.acquire\S+|ld\.relaxed\.gpu"
     found = re.findall(order, ptx)
-    first_look = found.index("ld.volatile")
+    first_look = found.index("ld.relaxed.gpu")
     assert found[:first_look] == [
-        *["st.global"] * slices,
+        *["st.relaxed.gpu"] * slices,
         "bar.sync",  # all threads have stored
         "atom.global.gpu.release.add.u32",
         "ld.acquire.gpu.global.b32",
         "bar.sync",  # and none loads before all have arrived
     ]
-    assert set(found[first_look:-1]) == {"ld.volatile", "ld.relaxed"}
+    assert set(found[first_look:-1]) == {"ld.relaxed.gpu"}
     assert found[-1] == "bar.sync"
 
 
