@@ -214,7 +214,7 @@ def test_what_the_self_test_and_a_diagnosis_launch_is_compiled(
     ahead.compile_problem(textbook, torch.bfloat16, (3, 2, 1, 64), CPU)
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
     for walk in diagnose.RESULTS:
-        trial = diagnose.Trial(variant, "bf16", walk, H=144, directions=1, T=1, B=1)
+        trial = diagnose.Trial(variant, "bf16", walk, "latency", H=144, directions=1, T=1, B=1)
         ahead.compile_trial(trial, CPU)
     assert len(list(tmp_path.rglob("*.cubin"))) == 4
     inputs, cotangents = problem(4, 3, 1, 144, textbook=textbook, dtype=torch.bfloat16)

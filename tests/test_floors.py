@@ -584,6 +584,24 @@ def test_right_values_are_handed_over(sm, dtype, plan, slices, barrier):
         assert (turns[:, 1:].amin(2) > turns[:, :-1].amax(2)).all()
 
 
+def look_once(ptx):
+    """Waits that take what they find: the first jump out of each is always taken."""
+    return re.sub(r"@p bra DONE;(?=\nadd.u32 i, i, 1;\nand)", "bra DONE;", ptx)
+
+
+@EMULATED
+@BARRIER
+def test_at_a_barrier_there_is_nothing_left_to_be_awaited(barrier):
+    """Without waits, programs keep together by the barrier alone."""
+    together = []
+    for seed in range(4):
+        emulator = exchange_emulator(seed=seed, mutate=look_once)
+        hand_over(FP32, 1, LATENCY, emulator, barrier=barrier)
+        turns = emulator.stored_at[..., : LATENCY.H].transpose(0, 1).flatten(2)
+        together += (turns[:, 1:].amin(2) > turns[:, :-1].amax(2)).flatten().tolist()
+    assert all(together) == barrier
+
+
 @EMULATED
 @BARRIER
 @pytest.mark.parametrize(
