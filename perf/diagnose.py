@@ -25,7 +25,7 @@ from .sweep import DeviceLost
 
 LENGTHS, BATCHES, DIRECTIONS = (1, 2, 7), (1, 3, 17), (1, 2)
 # Hidden sizes by regime and the bytes of an element: without and with padding, or with it alone.
-HIDDEN = {
+HIDDEN: dict[str, dict[int, tuple[int, ...]]] = {
     "solo": {2: (64, 56), 4: (64, 56)},
     "latency": {2: (256, 144), 4: (128, 80)},
     "throughput": {2: (144,), 4: (80,)},

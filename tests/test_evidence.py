@@ -92,8 +92,8 @@ def test_what_measures_floors_is_compiled_ahead(sm_90, tmp_path):
     assert len(list(tmp_path.rglob("*.cubin"))) == 3
     ahead.floor_kernels._exchange_kernel.kernel.device_caches.clear()
     for exchange, plan in ahead.exchanges([case], TARGETS[90]).items():
-        row = exchange.slices * exchange.H_pad
-        y = torch.empty(9, exchange.groups, exchange.rows, row, dtype=torch.bfloat16)
+        tile = exchange.groups, exchange.rows, exchange.slices, exchange.H_pad
+        y = torch.empty(9, *tile, dtype=torch.bfloat16)
         counts = torch.empty(exchange.groups, 32, dtype=torch.int32)
         ahead.floor_kernels.exchange_alone(y, counts, exchange, plan, False)
     assert len(list(tmp_path.rglob("*.cubin"))) == 3
