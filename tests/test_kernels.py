@@ -63,6 +63,8 @@ def test_numbers(case):
     for i, shape in (
         (0, LATENCY | {"H": 200}),  # chunks, one after another
         (4, LATENCY | {"H": 100}),
+        (0, {"form": "latency 8 warps", "H": 40}),
+        (4, {"form": "latency 8 warps", "H": 40}),
         (0, {"form": "latency16", "H": 40, "B": 15}),
         (4, {"form": "latency16", "H": 40, "B": 15}),
         (0, {"form": "latency shared", "H": 200}),
