@@ -210,9 +210,7 @@ def _gru_backward_kernel(
                             awaited_n = (states[3 * half + 2],)
                         else:
                             source = row_dgh + 2 * H_ROW + awaited_now
-                            awaited_n = await_tiles(
-                                source, wait_limit, error_ptr, CHUNKS, 1, FORM
-                            )
+                            awaited_n = await_tiles(source, wait_limit, error_ptr, CHUNKS, 1, FORM)
                         sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
                         d_reset = total(sums[0], place[1], mask_h, FORM)
                         da_r = d_reset * f[1]
@@ -237,9 +235,7 @@ def _gru_backward_kernel(
                         tiles = states[3 * half : 3 * half + WAITED]
                     else:
                         source = row_dgh + awaited_now
-                        tiles = await_tiles(
-                            source, wait_limit, error_ptr, WAITED * CHUNKS, 1, FORM
-                        )
+                        tiles = await_tiles(source, wait_limit, error_ptr, WAITED * CHUNKS, 1, FORM)
                     if EARLY:
                         f = _factors(saved, dtype, TEXTBOOK, FORM)
                     # product, and what a later step reads under way

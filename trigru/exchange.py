@@ -27,8 +27,8 @@ def unwritten(*shape: int, H: int, like: torch.Tensor) -> torch.Tensor:
 
 @gluon.jit
 def publish(ptrs, value, mask, FORM: gl.constexpr):
-    """Store `value`, rounded to the stored type, so that none of it looks like the sentinel: on
-    integer bits, of which a compiler cannot think what it likes about NaN, all ones become one less.
+    """Store `value`, rounded to the stored type, so that none of it looks like the sentinel: as
+    integers, of which a compiler cannot think what it likes about NaN, all ones become one less.
     Where nothing is exchanged, a plain store.
 
     FORM.PAIRS: a thread holds neighbours in memory (of 16 bits), two by two, and stores both at
@@ -127,7 +127,7 @@ def await_tiles(ptrs, limit, error_ptr, TILES: gl.constexpr, GATES: gl.constexpr
         tile = wait(ptrs, limit, error_ptr, 1, FORM)
         begun = ()
         for t in gl.static_range(1, min(1 if GATES > 1 else 2, TILES - 1) + 1):
-            begun = begun + (begin(ptrs, t, FORM),)  # noqa: RUF005
+            begun = begun + (begin(ptrs, t, FORM),)
         return tile[0], begun, ptrs, limit, error_ptr
 
 
@@ -204,4 +204,6 @@ def _loads_constraints(form):
 def _wait_constraints(tiles, begun, form):
     outs, inputs = 4 * tiles * form.VECTORS, 128 // form.BITS * form.VECTORS
     early = ["=&r"] * outs  # written while inputs are still to be read
-    return ",".join([*early, *["l"] * inputs, *["r"] * inputs, *["l"] * inputs, *["r"] * (outs * begun)])
+    return ",".join(
+        [*early, *["l"] * inputs, *["r"] * inputs, *["l"] * inputs, *["r"] * (outs * begun)]
+    )

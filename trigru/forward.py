@@ -65,6 +65,8 @@ def _gru_forward_kernel(
     SOLO: gl.constexpr = FORM.SOLO
     CHUNKS: gl.constexpr = FORM.CHUNKS
     GATES: gl.constexpr = 2 if TEXTBOOK else 3  # that are multiplied by the state
+    # Whether r ⊙ h goes out before there is z, which then is made while it is on its way.
+    R_FIRST: gl.constexpr = TEXTBOOK and FORM.SPLIT_K > 1
     # So many steps ahead gx is loaded; where nothing is waited for, one step is too short.
     AHEAD: gl.constexpr = 2 if SOLO else 1
     L: gl.constexpr = FORM.out
@@ -147,17 +149,15 @@ def _gru_forward_kernel(
         for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
             for i in range(pairs if last else 0, steps if last else pairs, 1 if last else 2):
                 for half in gl.static_range(1 if last else 2):
-                    if PACKED:
-                        end = awaited_rows(gl.minimum(running, real) - 1, FORM)
-                        rows_before = gl.where(end < running_before, before, N + row0) + end
                     # wait
                     if SOLO:
                         state = (states[half],)
-                    elif PACKED:
-                        source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
-                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
                     else:
                         source = y_ptr + before * (D * H_ROW) + awaited
+                        if PACKED:  # of sequences that begin with this step h0 is the state before
+                            at = awaited_rows(gl.minimum(running, real) - 1, FORM)
+                            rows_before = gl.where(at < running_before, before, N + row0) + at
+                            source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
                         state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
                     a_r = unpacked(gx[0], dtype, FORM) + b_r
                     a_z = unpacked(gx[1], dtype, FORM) + b_z
@@ -178,12 +178,12 @@ def _gru_forward_kernel(
                     sums = product(us, state, stages, place, FORM)
                     # gates
                     h_before = h
-                    if FORM.SPLIT_K == 1:
+                    if R_FIRST:
+                        r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
+                    else:
                         gh_r = total(sums[0], place[0], mask_h, FORM)
                         gh_z = total(sums[1], place[1], mask_h, FORM)
                         r, z = sigmoids(a_r + gh_r, a_z + gh_z, FORM)
-                    else:
-                        r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
                     if TEXTBOOK:
                         reset = r * h
                         if SOLO:
@@ -192,12 +192,12 @@ def _gru_forward_kernel(
                         else:
                             rh = rh_ptr + row * (D * H_ROW)
                             publish(rh + own_y, reset, mask, FORM)
-                        if FORM.SPLIT_K > 1:
+                        if R_FIRST:
                             z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
                         if not SOLO:
                             source = rh + awaited
                             if PACKED:
-                                source = rh + awaited_offsets(end, D * H_ROW, FORM)
+                                source = rh + awaited_offsets(at, D * H_ROW, FORM)
                             reset_state = await_tiles(
                                 source, wait_limit, error_ptr, CHUNKS, 1, FORM
                             )
@@ -205,8 +205,6 @@ def _gru_forward_kernel(
                         n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM), FORM)
                         h = (1 - z) * h + z * n
                     else:
-                        if FORM.SPLIT_K > 1:
-                            z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
                         gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
                         n = tanh(a_n + r * gh_n, FORM)
                         h = n + z * (h - n)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .plan import LaunchPlan
 
-# After so many looks at what is not there a wait gives up: some seconds, as a look at L2 takes a few
-# tenths of a microsecond. Those after it in the same launch give up at once.
+# After so many looks at what is not there a wait gives up: some seconds, as one takes a few tenths
+# of a microsecond. Those after it in the same launch give up soon.
 WAIT_POLLS = 20_000_000
 
 _error_flags: dict[torch.device, Tensor] = {}
@@ -71,7 +71,7 @@ def compile_options() -> dict[str, Any]:
 
 def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments for a plan, by name."""
-    from .tiles import Form  # Triton is not on every machine
+    from .form import Form  # Triton is not on every machine
 
     form = Form(
         H=plan.H, H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B,

@@ -22,9 +22,15 @@ from . import onnx, reference
 from .derivatives import Recurrence, forward_mode
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it exists for Linux only
-if HAS_TRITON:
-    from . import backward, forward
+if importlib.util.find_spec("triton") is None:  # it exists for Linux only
+    WITHOUT_KERNELS = "Triton is not installed"
+else:
+    try:
+        from . import backward, forward
+
+        WITHOUT_KERNELS = ""
+    except ImportError as error:  # Gluon is experimental: a later Triton may have other names
+        WITHOUT_KERNELS = f"the kernels do not go with the Triton that is installed: {error}"
 
 VARIANTS = ("torch", "textbook")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -180,8 +186,8 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
         return f"the kernels run on CUDA devices, not on {device.type}"
     if torch.version.hip:
         return "the kernels are written for NVIDIA's GPUs"
-    if not HAS_TRITON:
-        return "Triton is not installed"
+    if WITHOUT_KERNELS:
+        return WITHOUT_KERNELS
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels compute in float16, bfloat16 and float32, not in {dtype}"
     try:

@@ -1,17 +1,6 @@
-"""What a program holds and how: the form of a kernel with its layouts, U on chip, products, sums.
-
-A tile is 3-D, [SPLIT_K, units or K, rows], so that one body serves products that the warps split
-along K and products that they do not. Three regimes, by two fields of `Form`:
-
-latency     SPLIT_K = warps. 16 units a program, few rows. K is split over the warps, U lies in
-            registers as A fragments, each thread waits in L2 for exactly its own B fragments.
-solo        SOLO. One program has all of U. The state goes from registers through a double-buffered
-            tile in shared memory to the next product; nothing is exchanged.
-throughput  neither. Many units and rows a program. U lies in shared memory; an awaited tile is
-            waited for by 16-byte vectors and staged through shared memory for all warps.
-"""
-
-from dataclasses import dataclass
+"""What both kernels do with steps and tiles: find their rows, keep U on chip, multiply by it, sum
+what was split, compute gates. How tiles are laid out, and which of the three regimes a kernel is
+of, its `form.Form` says, which all of these take."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,233 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .exchange import begin, settle
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # as Triton 3.6 to 3.8 call it
-
-# ----------------------------------------------------------------------------- the form of a kernel
-
-
-def _powers(first: int, end: int) -> list[int]:
-    """first, 2 first, 4 first, … below end."""
-    return [first << i for i in range(max(end // first, 1).bit_length() - 1)]
-
-
-def _swizzled(bits: int, K: int, order: list[int]) -> gl.SwizzledSharedLayout:
-    """K contiguous, in vectors of 16 bytes: those of 8 rows, as ldmatrix reads them, lie in
-    different banks."""
-    per_phase = max(1, 1024 // (K * bits))
-    return gl.SwizzledSharedLayout(128 // bits, per_phase, max(1, 8 // per_phase), order)
-
-
-@dataclass(frozen=True)
-class Form:
-    """All that is fixed when a kernel is compiled: its tiles, its regime, and what follows."""
-
-    H: int
-    H_PAD: int  # H, padded to whole tiles along K
-    BLOCK_H: int  # units of a program
-    BLOCK_B: int  # rows of its tile
-    WARPS: int
-    BITS: int  # of an element
-    SPLIT_K: int = 1  # parts of a sum over K, one for each warp; or 1
-    CHUNKS: int = 1  # of the sum over K, each multiplied at once
-    STAGES: int = 0  # tiles in shared memory that awaited chunks go through, by turns
-    SOLO: bool = False
-    U_SHARED: int = 0  # of the chunks, so many of the last have their U in shared memory
-    WGMMA: bool = False  # products by wgmma, of sm_90; its tiles are 2-D, without SPLIT_K
-    EXACT: bool = False  # float32 products to float32's accuracy, not to TF32's
-    NEWER: bool = True  # sm_90 and later
-
-    def __post_init__(self) -> None:
-        split, shared = self.SPLIT_K > 1, self.U_SHARED > 0
-        assert self.H <= self.H_PAD == self.K * self.SPLIT_K * self.CHUNKS
-        assert self.BLOCK_H % 16 == 0 and self.BLOCK_B in (8, 16, 32, 64)
-        assert self.BITS in (16, 32) and not (self.EXACT and self.BITS == 16)
-        assert self.K & (self.K - 1) == 0 and self.K % self.LEAST_K == 0
-        assert self.U_SHARED in ((0, self.CHUNKS) if not split else range(self.CHUNKS + 1))
-        if split:
-            assert self.SPLIT_K == self.WARPS and self.BLOCK_H == 16 and self.BLOCK_B <= 16
-        if self.SOLO:
-            assert self.BLOCK_H == self.H_PAD and self.CHUNKS == 1 and not split
-        assert (self.STAGES > 1) == (not self.SOLO and not split) and self.STAGES != 1
-        assert not self.STAGES or (shared and 4 * self.WARPS <= self.BLOCK_B)
-        if self.WGMMA:
-            assert shared and self.BITS == 16 and self.BLOCK_H % 64 == 0 and self.BLOCK_B >= 16
-
-    K = property(lambda self: self.H_PAD // self.SPLIT_K // self.CHUNKS)  # of one product
-    EXCHANGE = property(lambda self: not self.SOLO)
-    # Whether padded units get where they are multiplied: solo's do, and the second of a pair.
-    PADDING_SEEN = property(lambda self: self.H % self.BLOCK_H > 0 and (self.SOLO or self.ODD))
-    ODD = property(lambda self: self.PAIRS and self.H % 2 == 1)
-    # The rows of what a kernel exchanges have room for whole tiles.
-    H_ROW = property(lambda self: self.H if self.SOLO else self.H_PAD)
-
-    @property
-    def LEAST_K(self) -> int:
-        """What a chunk's K is a multiple of: a vector of fragments; a slice from shared memory."""
-        if self.SPLIT_K > 1:
-            return 512 // self.BITS
-        return 16 if self.SOLO else self.SLICE_K
-
-    SLICE_K = property(lambda self: 1024 // self.BITS)  # multiplied at once from shared memory
-
-    # --- accumulators: the warps split K, or else the units, 16 each, and with what is left the rows
-    along_units = property(lambda self: min(self.WARPS // self.SPLIT_K, self.BLOCK_H // 16))
-    along_rows = property(lambda self: self.WARPS // self.SPLIT_K // self.along_units)
-
-    @property
-    def mma(self):
-        if self.WGMMA:
-            rows = self.BLOCK_B // self.along_rows
-            return gl.NVMMADistributedLayout(
-                [3, 0], [self.along_units, self.along_rows], [16, rows, 16]
-            )
-        warps = [self.SPLIT_K, self.along_units, self.along_rows]
-        return gl.NVMMADistributedLayout([2, 0], warps, [1, 16, 8])
-
-    A = property(lambda self: gl.DotOperandLayout(0, self.mma, 32 // self.BITS))
-    B = property(lambda self: gl.DotOperandLayout(1, self.mma, 32 // self.BITS))
-
-    # --- U
-
-    @property
-    def u_loaded(self):
-        """[SPLIT_K, BLOCK_H, K], with K in memory's order: 16 bytes a thread where that can be."""
-        if self.SPLIT_K > 1:
-            # A fragments, once `fragments_first` has named K's parts anew: a thread has a whole
-            # vector of rows m and m + 8, four threads a run of four vectors.
-            vector, k = 128 // self.BITS, self.K
-            registers = [[0, 0, i] for i in _powers(1, vector)] + [[0, 8, 0]]
-            registers += [[0, 0, i] for i in _powers(4 * vector, k)]
-            lanes = [[0, 0, i] for i in _powers(vector, 4 * vector)]
-            lanes += [[0, m, 0] for m in (1, 2, 4)]
-            warps = [[s, 0, 0] for s in _powers(1, self.SPLIT_K)]
-            return gl.DistributedLinearLayout(
-                registers, lanes, warps, [], [self.SPLIT_K, self.BLOCK_H, k]
-            )
-        if self.U_SHARED:
-            return gl.BlockedLayout([1, 1, 128 // self.BITS], [1, 4, 8], [1, self.WARPS, 1], [2, 1, 0])
-        return self.A
-
-    @property
-    def u_shared(self):
-        if self.WGMMA:
-            return gl.NVMMASharedLayout(128, 16, 2)
-        return _swizzled(self.BITS, self.K, [2, 1, 0])
-
-    # --- an awaited tile
-
-    @property
-    def waited(self):
-        """A thread's own B fragments; or whole vectors, 128 bytes of a row by 8 lanes."""
-        if self.SPLIT_K > 1 or (self.SOLO and not self.WGMMA):
-            return self.B
-        return gl.BlockedLayout([1, 128 // self.BITS, 1], [1, 8, 4], [1, 1, self.WARPS], [1, 2, 0])
-
-    lanes_k = property(lambda self: 4 if self.SPLIT_K > 1 else 8)  # that share a row
-
-    @property
-    def VECTORS(self) -> int:
-        """Of 16 bytes, that a thread waits for in one tile."""
-        threads = 32 if self.SPLIT_K > 1 else 32 * self.WARPS
-        return max(1, self.K * self.BLOCK_B * self.BITS // 128 // threads)
-
-    PER_ROW = property(lambda self: max(1, self.K * self.BITS // 128 // self.lanes_k))  # of them
-    VECTOR_STRIDE = property(lambda self: 16 * self.lanes_k)  # bytes from one to the next in a row
-    TILE_STRIDE = property(lambda self: self.BITS // 8 * self.H_PAD // self.CHUNKS)  # bytes
-
-    @property
-    def stage(self):
-        """K contiguous: 16-byte stores, ldmatrix (or wgmma) without transposing."""
-        if self.WGMMA:
-            return gl.NVMMASharedLayout(128, 16, 2, True)
-        return _swizzled(self.BITS, self.K, [1, 2, 0])
-
-    @property
-    def state(self):
-        """Solo's state, [K, rows], rows contiguous: stmatrix of accumulators, ldmatrix.trans of B
-        fragments."""
-        if self.WGMMA:  # stmatrix's rows, every other unit, meet in banks: up to 4 wavefronts for 1
-            return gl.NVMMASharedLayout(min(128, 2 * self.BLOCK_B), 16, 2)
-        # Which 16 bytes of 128 a unit's 8 rows lie in: its bits 1, 2 and bit 0 ^ bit 3. So neither
-        # 8 units in a row, as ldmatrix reads them, nor every other of 16, as stmatrix writes them
-        # (`unit_of_row`), meet in a bank.
-        within = [[0, 1], [0, 2], [0, 4], [2, 0], [4, 0], [1, 0]]
-        rows = [[0, n] for n in _powers(8, self.BLOCK_B)]
-        units = [[9, 0]] + [[m, 0] for m in _powers(16, self.H_PAD)]
-        return gl.SharedLinearLayout(within + rows + units)
-
-    # --- the sum over SPLIT_K: through shared memory, to all parts of a sum in one thread
-
-    @property
-    def part(self):
-        """[SPLIT_K, BLOCK_H, BLOCK_B], without bank conflicts."""
-        if self.BLOCK_B == 8 or self.SPLIT_K == 1:
-            return gl.SwizzledSharedLayout(2, 4, 4, [2, 1, 0])
-        # 16 rows: units are 16 banks apart. Bits 1, 2, 3 of a unit move its rows by 8, 4, 2: by the
-        # first, the 4 units × 8 rows of a store's half warp lie in all banks; by all three, the
-        # 16 units × 2 rows of a load.
-        within = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 8], [0, 4, 4]]
-        return gl.SharedLinearLayout(
-            [*within, [0, 8, 2], *([s, 0, 0] for s in _powers(1, self.SPLIT_K))]
-        )
-
-    @property
-    def parts(self):
-        return gl.BlockedLayout([self.SPLIT_K, 1, 1], [1, 16, 2], [1, 1, self.WARPS], [1, 2, 0])
-
-    @property
-    def out(self):
-        """Of what belongs to the program's units, [BLOCK_H, BLOCK_B]: the sums, gates, states and
-        all that is loaded and stored.
-
-        SPLIT_K = 1: the accumulators' own registers, if row m of a warp's 16 is unit
-        2 (m % 8) + m // 8 (`unit_of_row`). A thread, which holds rows m and m + 8, then has two
-        neighbouring units: its loads and stores are of both at once."""
-        if self.SPLIT_K > 1:
-            return gl.SliceLayout(0, self.parts)
-        if self.WGMMA:  # warps: units first; each warpgroup has a run of rows
-            run = self.BLOCK_B // self.along_rows
-            registers = [[0, n] for n in _powers(8, run)]
-            warps = [[m, 0] for m in _powers(16, self.BLOCK_H)]
-            warps += [[0, n] for n in _powers(run, self.BLOCK_B)]
-        else:  # rows first, 8 by turns
-            registers = [[0, n] for n in _powers(8 * self.along_rows, self.BLOCK_B)]
-            warps = [[0, n] for n in _powers(8, 8 * self.along_rows)]
-            warps += [[m, 0] for m in _powers(16, self.BLOCK_H)]
-        lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
-        return gl.DistributedLinearLayout(
-            [[1, 0], [0, 1], *registers], lanes, warps, [], [self.BLOCK_H, self.BLOCK_B]
-        )
-
-    PAIRS = property(lambda self: self.SPLIT_K == 1 and self.BITS == 16)  # neighbours, in `out`
-    PER_WORD = property(lambda self: 2 if self.PAIRS and not self.ODD else 1)  # units of what is loaded
-
-    @property
-    def loaded(self):
-        """Of what is loaded each step, [BLOCK_H / PER_WORD, BLOCK_B]: as `out`, but a pair of units
-        is a word until it is used. Unpacked at once it would take two registers, and the
-        instruction that unpacks it would wait for the load."""
-        if self.PER_WORD == 1:
-            return self.out
-
-        def halved(bases):
-            return [[m // 2, n] for m, n in bases]
-
-        out = self.out
-        return gl.DistributedLinearLayout(
-            halved(out.reg_bases[1:]), halved(out.lane_bases), halved(out.warp_bases), [],
-            [self.BLOCK_H // 2, self.BLOCK_B],
-        )  # fmt: skip
-
-    @property
-    def ROW_BITS(self) -> int:
-        """Of a row's number in `out`, the bits by which threads differ; the rows of one thread
-        differ in the others."""
-        if self.SPLIT_K > 1:
-            return 2 * self.WARPS - 1
-        if self.WGMMA:
-            return 6 | (self.BLOCK_B - self.BLOCK_B // self.along_rows)
-        return 6 | 8 * (self.along_rows - 1)
-
 
 # ------------------------------------------------------------------------------------------- orders
 
@@ -529,7 +291,7 @@ def load_u(u_ptr, unit0, FORM: gl.constexpr):
             )
         else:
             tile = gl.convert_layout(tile, FORM.A)  # the same registers
-        tiles = tiles + (tile,)  # noqa: RUF005
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -570,16 +332,16 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
     """By wgmma (sm_90), which reads U and the tile from shared memory by itself. Sums are 2-D."""
     sums = ()
     for g in gl.static_range(len(us)):
-        sums = sums + (gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, FORM.mma),)  # noqa: RUF005
+        sums = sums + (gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, FORM.mma),)
     COUNT: gl.constexpr = len(us[0])
-    if FORM.EXCHANGE:
+    if not FORM.SOLO:
         arrived, begun, ptrs, limit, error_ptr = tiles
     for c in gl.static_range(COUNT):
-        if FORM.EXCHANGE:
+        if not FORM.SOLO:
             stages[c % len(stages)].store(gl.reshape(arrived, [FORM.K, FORM.BLOCK_B]))
             tile = stages[c % len(stages)]
             if c + len(begun) + 1 < COUNT:
-                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)  # noqa: RUF005
+                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)
             # A product is waited for before the next barrier: after that, what it reads may be
             # stored to. The compiler's barriers alone would not do, which take it to have read.
             if c > 0:
@@ -591,11 +353,11 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
                 fence_async_shared()
         new = ()
         for g in gl.static_range(len(us)):
-            new = new + (  # noqa: RUF005
+            new = new + (
                 warpgroup_mma(us[g][c].index(opaque_zero()), tile, sums[g], is_async=True),
             )
         sums = new
-        if FORM.EXCHANGE and c + 1 < COUNT:
+        if not FORM.SOLO and c + 1 < COUNT:
             arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
             begun = begun[1:]
     return wgmma_wait(sums)
@@ -628,7 +390,7 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
     SLICE: gl.constexpr = min(FORM.SLICE_K, FORM.K)
     sums = ()
     for g in gl.static_range(len(us)):
-        sums = sums + (nil,)  # noqa: RUF005
+        sums = sums + (nil,)
     COUNT: gl.constexpr = len(us[0])
     if FORM.STAGES > 0:
         arrived, begun, ptrs, limit, error_ptr = tiles
@@ -637,7 +399,7 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
             stages[c % len(stages)].store(arrived)
             tile = stages[c % len(stages)]
             if c + len(begun) + 1 < COUNT:
-                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)  # noqa: RUF005
+                begun = begun + (begin(ptrs, c + len(begun) + 1, FORM),)
         elif FORM.SOLO:  # the shared memory that the state was published to
             tile = tiles[c].reshape([1, FORM.K, FORM.BLOCK_B])
         else:
@@ -651,9 +413,9 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                 if c % FORM.CHUNKS >= FORM.CHUNKS - FORM.U_SHARED:
                     u = u.load(FORM.A)
                 if c > 0:  # a chain of its own: here is little parallel work
-                    new = new + (sums[g] + multiply(u, tile, nil, FORM),)  # noqa: RUF005
+                    new = new + (sums[g] + multiply(u, tile, nil, FORM),)
                 else:
-                    new = new + (multiply(u, tile, sums[g], FORM),)  # noqa: RUF005
+                    new = new + (multiply(u, tile, sums[g], FORM),)
             sums = new
         else:  # slice by slice: the compiler would load all fragments first and spill them
             for s in gl.static_range(FORM.K // SLICE):
@@ -661,7 +423,7 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                 new = ()
                 for g in gl.static_range(len(us)):
                     a = us[g][c].slice(SLICE * s, SLICE, dim=2).load(FORM.A)
-                    new = new + (multiply(a, b, sums[g], FORM),)  # noqa: RUF005
+                    new = new + (multiply(a, b, sums[g], FORM),)
                 sums = new
         if FORM.STAGES > 0 and c + 1 < COUNT:
             arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
@@ -706,7 +468,7 @@ def total(product, part, mask_h, FORM: gl.constexpr):
 def _tiles(dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, COUNT: gl.constexpr):
     tiles = ()
     for _ in gl.static_range(COUNT):
-        tiles = tiles + (gl.allocate_shared_memory(dtype, shape, layout),)  # noqa: RUF005
+        tiles = tiles + (gl.allocate_shared_memory(dtype, shape, layout),)
     return tiles
 
 
@@ -727,10 +489,10 @@ def shared_memory(dtype: gl.constexpr, SUMS: gl.constexpr, STATES: gl.constexpr,
     stages = _tiles(dtype, STAGE, L_STAGE, STAGES)
     nothing = ()
     for _ in gl.static_range(6):
-        nothing = nothing + (0,)  # noqa: RUF005
+        nothing = nothing + (0,)
     if FORM.SPLIT_K == 1:
         parts = nothing
-    if FORM.EXCHANGE:
+    if not FORM.SOLO:
         states = nothing
     if FORM.STAGES == 0:
         stages = nothing

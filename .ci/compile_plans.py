@@ -1,0 +1,23 @@
+"""Compile the kernels of a few plans with the Triton that is installed: Gluon is experimental, and
+a name that it changes shows here first."""
+
+import torch
+import triton
+
+from perf.compiling import TARGETS, compile_plan
+from trigru.plan import plan_launch
+
+PLANS = ((90, 64, 16), (90, 512, 16), (90, 256, 4096), (80, 100, 64))  # sm, H, B
+
+for sm, H, B in PLANS:
+    for backward, textbook in ((False, False), (True, True)):
+        which = {"backward": backward, "textbook": textbook}
+        plan = plan_launch(TARGETS[sm], B=B, H=H, D=1, itemsize=2, **which)
+        compiled = compile_plan(sm, plan, torch.bfloat16, **which)
+        assert compiled.shared_bytes <= plan.shared_bytes, plan
+        spills = compiled.count("LDL") + compiled.count("STL")
+        print(
+            f"Triton {triton.__version__}: sm_{sm} H={H} B={B} {plan.regime} {which}: "
+            f"{compiled.registers} registers, {spills} spills",
+            flush=True,
+        )
