@@ -1,4 +1,4 @@
-"""The command line: `python -m perf [train | sweep | evidence | plot | compare | static | regret]`."""
+"""The command line: `python -m perf [train | sweep | evidence | plot | compare | static | …]`."""
 
 import argparse
 import math

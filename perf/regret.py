@@ -28,6 +28,7 @@ from .shapes import VARIANTS
 from .static import DEVICES, KIND, estimated
 
 SM = 90
+KERNELS = ("exchange", "form", "tiles", "forward", "backward")  # modules that decide what runs
 HIDDEN = (64, 128, 200, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCH = (1, 16, 64, 256, 1024, 4096)
 
@@ -50,7 +51,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 def code_hash() -> str:
     """Of all that decides an estimate: the kernels' sources and the model's."""
     folder = Path(trigru.__file__).parent
-    sources = [folder / f"{name}.py" for name in ("exchange", "tiles", "forward", "backward")]
+    sources = [folder / f"{name}.py" for name in KERNELS]
     digest = hashlib.sha256()
     for path in (*sources, Path(sass.__file__)):
         digest.update(path.read_bytes())
