@@ -17,6 +17,7 @@ from triton.language.extra.cuda import globaltimer
 
 from trigru import launch
 from trigru.exchange import await_tiles, begin, publish, settle, unwritten
+from trigru.form import Form
 from trigru.launch import (
     ExchangeTimeout,
     compile_options,
@@ -25,7 +26,6 @@ from trigru.launch import (
     raise_if_failed,
 )
 from trigru.plan import LaunchPlan, device_limits
-from trigru.form import Form
 from trigru.tiles import awaited_offsets, awaited_rows, barrier, own_offsets
 
 from .floors import COLUMNS, PRODUCTS, Exchange, exchanges
