@@ -402,7 +402,7 @@ SOURCE = [
         "forward.py",
         "before = N + row0 ",
         "before = N ",
-        "stored twice",
+        "two threads store",
     ),
     SourceMutant(
         "a state published twice", LATENCY, "forward.py", PUBLISH, 2 * PUBLISH, "stored twice"
@@ -539,6 +539,14 @@ SOURCE = [
         NANS,
     ),
     SourceMutant(
+        "solo's padding is what a register happened to hold",
+        replace(SOLO, H=21, poison="nan", where="gx"),
+        "tiles.py",
+        "if FORM.PADDING_SEEN:",
+        "if False:",
+        f"{NANS}|other rows",
+    ),
+    SourceMutant(
         "σ is no 0 at −∞",
         inf(replace(SOLO, H=21)),
         "tiles.py",
@@ -629,7 +637,9 @@ def run(words: list[str]) -> bool:
 def barriers() -> bool:
     """Each barrier of some kernels removed in turn: nothing may be found, if it is not needed, but
     a person should have looked at it."""
-    for case in (replace(c, textbook=t) for c in KINDS for t in (False, True)):
+    # Tiles in turn and a last, odd step: all that there is between two barriers.
+    inputs = {"B": 20, "T": 5, "batch_programs": 1}
+    for case in (replace(c, textbook=t, **inputs) for c in KINDS for t in (False, True)):
         kernels: list[str] = []
         what_is_wrong(case, lambda ptx, kernels=kernels: kernels.append(ptx) or ptx)
         for ptx in kernels:
