@@ -469,7 +469,7 @@ SOURCE = [
     ),
     SourceMutant(
         "one part of a split sum",
-        LATENCY,
+        CHUNKS,
         "tiles.py",
         "part[:, None, None] * FORM.K + k[None, :, None]",
         "0 * part[:, None, None] + k[None, :, None]",
@@ -482,14 +482,6 @@ SOURCE = [
         WAIT_WGMMA,
         "",
         "under way|racecheck",
-    ),
-    SourceMutant(
-        "one set of parts for even and odd steps",
-        LATENCY,
-        "forward.py",
-        "place = parts[3 * half : 3 * half + 3]",
-        "place = parts[0:3]",
-        "racecheck",
     ),
     SourceMutant(
         "K in the order of memory",
@@ -537,14 +529,6 @@ SOURCE = [
         "self.H % self.BLOCK_H > 0 and (self.SOLO or self.ODD)",
         "False",
         NANS,
-    ),
-    SourceMutant(
-        "solo's padding is what a register happened to hold",
-        replace(SOLO, H=21, poison="nan", where="gx"),
-        "tiles.py",
-        "if FORM.PADDING_SEEN:",
-        "if False:",
-        f"{NANS}|other rows",
     ),
     SourceMutant(
         "σ is no 0 at −∞",
