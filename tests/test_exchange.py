@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from trigru.exchange import await_tiles, publish, settle, unwritten
 from trigru.launch import compile_options
-from trigru.tiles import Form, awaited_offsets, awaited_rows, own_offsets
+from trigru.form import Form, awaited_offsets, awaited_rows, own_offsets
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 

@@ -257,9 +257,15 @@ def rounded(x):
 
 
 @gluon.jit
+def finite(x):
+    """x, but 0 for an infinity, which is multiplied once: parts of both signs would make NaN."""
+    return gl.where(gl.abs(x) == float("inf"), 0.0, x)
+
+
+@gluon.jit
 def remainder(x, high):
-    """What `rounded` took off x, as TF32; of an infinity, nothing."""
-    return rounded(gl.where(x == high, 0.0, x - high))
+    """What `rounded` took off x, as TF32; nothing of what it made an infinity."""
+    return rounded(gl.where(gl.abs(high) == float("inf"), 0.0, x - high))
 
 
 # ------------------------------------------------------------------------------------------------ U
@@ -375,10 +381,8 @@ def multiply(a, b, acc, FORM: gl.constexpr):
         )
         a_high = rounded(a)
         b_high = rounded(b)
-        # An infinity is multiplied once: parts of other signs would make NaN of it.
-        b_finite = gl.where(gl.abs(b_high) == float("inf"), 0.0, b_high)
-        acc = mma_v2(remainder(a, a_high), b_finite, acc, input_precision="tf32")
-        acc = mma_v2(a_high, remainder(b, b_high), acc, input_precision="tf32")
+        acc = mma_v2(remainder(a, a_high), finite(b_high), acc, input_precision="tf32")
+        acc = mma_v2(finite(a_high), remainder(b, b_high), acc, input_precision="tf32")
         acc = mma_v2(a_high, b_high, acc, input_precision="tf32")
     else:
         acc = mma_v2(a, rounded(b), acc, input_precision="tf32")
