@@ -9,8 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from trigru.exchange import await_tiles, publish, settle, unwritten
-from trigru.launch import compile_options
 from trigru.form import Form, awaited_offsets, awaited_rows, own_offsets
+from trigru.launch import compile_options
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 

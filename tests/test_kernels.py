@@ -194,6 +194,15 @@ def test_not_finite_stays_in_its_row(case):
 
 
 @on(
+    Case(90, "bf16", textbook, B=5, T=4, where="h0", poison="held", **shape)
+    for textbook in VARIANTS
+    for shape in (*EVERY, STAGED | {"H": 71})
+)
+def test_an_infinite_state_that_stays_meets_no_padding(case):
+    check(case)
+
+
+@on(
     Case(80, "tf32", textbook, B=3, T=4, D=2, lengths=(4, 3, 1), where="h0", row=row,
          poison="nan", **shape)
     for textbook in VARIANTS

@@ -42,7 +42,7 @@ class Case:
     save: bool = True
     batch_programs: int | None = None  # fewer than tiles: they follow one another
     directions: int | None = None  # of a launch
-    poison: str = ""  # "nan" or "inf" in one row of `where`
+    poison: str = ""  # "nan", "inf" or "held" (an infinity that stays) in one row of `where`
     where: str = "gx"
     row: int = 1
     missing: bool = False  # one of the programs never runs
@@ -178,6 +178,11 @@ def problem_of(case: Case) -> tuple[dict, dict]:
     )  # fmt: skip
     if not case.bias:
         inputs["b_hh"] = None
+    if case.poison == "held":  # by gates that +inf in unit 0 closes: all other units stay finite
+        column = inputs["w_hh"][..., 0]
+        column.copy_(column.abs() + 2**-6)
+        if case.textbook:
+            column[:, case.H : 2 * case.H].neg_()
     moved = ({k: _moved(v, case.offset) for k, v in x.items()} for x in (inputs, cotangents))
     return tuple(moved) if case.offset else (inputs, cotangents)
 
