@@ -192,7 +192,7 @@ def compile_exchange(key: tuple[Exchange, bool], plan: LaunchPlan, device: torch
     """Go through the launcher that measures, whose kernel is CompileOnly."""
     exchange, barrier = key
     y = torch.empty(
-        1, 1, 1, exchange.slices * exchange.H_pad, dtype=DTYPES[exchange.dtype], device=device
+        1, 1, 1, exchange.slices, exchange.H_pad, dtype=DTYPES[exchange.dtype], device=device
     )
     arrived = torch.empty(1, 32, dtype=torch.int32, device=device)
     floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trigru import accuracy, backward, forward, reference
 from trigru.launch import raise_if_failed
-from trigru.plan import LaunchPlan, device_limits, plan_launch
+from trigru.plan import LaunchPlan, candidates, clocks, device_limits
 
 from .measure import FACTS, append_row, facts, is_lost, kernel_hash, now
 from .progress import tqdm
@@ -24,18 +24,23 @@ from .shapes import VARIANTS
 from .sweep import DeviceLost
 
 LENGTHS, BATCHES, DIRECTIONS = (1, 2, 7), (1, 3, 17), (1, 2)
-# Hidden sizes by the bytes of an element: one program without and with padding, a group likewise.
-HIDDEN = {2: (64, 56, 256, 144), 4: (64, 56, 128, 80)}
+# Hidden sizes by regime and the bytes of an element: without and with padding, or with it alone.
+HIDDEN: dict[str, dict[int, tuple[int, ...]]] = {
+    "solo": {2: (64, 56), 4: (64, 56)},
+    "latency": {2: (256, 144), 4: (128, 80)},
+    "throughput": {2: (144,), 4: (80,)},
+}
 RESULTS = {"forward": ("y", "h_n", "gates"), "backward": ("dgx", "dgh", "dh0")}
 BEGAN, OK, WRONG = "began", "ok", "wrong"  # of a status, which else is what was raised
 
 
 class Trial(NamedTuple):
-    """One launch of one kernel. All but T and B are compiled in."""
+    """One launch of one kernel. All but T and B are compiled in, and what a tile has room for."""
 
     variant: str
     dtype: str
     walk: str  # a key of RESULTS
+    regime: str  # a key of HIDDEN
     H: int
     directions: int
     T: int
@@ -54,15 +59,16 @@ class Problem(NamedTuple):
     plan: LaunchPlan
 
 
-COLUMNS = (*FACTS, *Trial._fields, "regime", "status", "result", "rel_err", "allowed")
+COLUMNS = (*FACTS, *Trial._fields, "status", "result", "rel_err", "allowed")
 
 
 def trials() -> list[Trial]:
     """All of them, the smallest first."""
     found = [
-        Trial(variant, dtype, walk, H, D, T, B)
-        for variant, dtype, walk in product(VARIANTS, DTYPES, RESULTS)
-        for H, D, T, B in product(HIDDEN[DTYPES[dtype].itemsize], DIRECTIONS, LENGTHS, BATCHES)
+        Trial(variant, dtype, walk, regime, H, D, T, B)
+        for variant, dtype, walk, regime in product(VARIANTS, DTYPES, RESULTS, HIDDEN)
+        for H in HIDDEN[regime][DTYPES[dtype].itemsize]
+        for D, T, B in product(DIRECTIONS, LENGTHS, BATCHES)
     ]
     return sorted(found, key=lambda t: t.T * t.B * t.directions * t.H)
 
@@ -81,7 +87,7 @@ def run_diagnosis(wanted: Sequence[Trial], device: torch.device, path: Path, dum
         problem = make_problem(trial, device)
         exact, yardstick = references(trial, problem)
         row = here | trial._asdict() | dict.fromkeys(("result", "rel_err", "allowed"))
-        row |= {"regime": "solo" if problem.plan.solo else "group", "status": BEGAN, "date": now()}
+        row |= {"status": BEGAN, "date": now()}
         append_row(path, COLUMNS, row)
         got: dict[str, Tensor] = {}
         try:
@@ -119,11 +125,14 @@ def make_problem(trial: Trial, device: torch.device) -> Problem:
 
 
 def plan_of(trial: Trial, device: torch.device) -> LaunchPlan:
-    return plan_launch(
+    """The best one of the trial's regime, which need not be the best of all."""
+    which = {"backward": trial.walk == "backward", "textbook": trial.variant == "textbook"}
+    plans = candidates(
         device_limits(device), B=trial.B, H=trial.H, D=trial.directions,
-        itemsize=DTYPES[trial.dtype].itemsize, backward=trial.walk == "backward",
-        textbook=trial.variant == "textbook",
+        itemsize=DTYPES[trial.dtype].itemsize, **which,
     )  # fmt: skip
+    of_regime = [plan for plan in plans if plan.regime == trial.regime]
+    return min(of_regime, key=lambda plan: clocks(plan, trial.B, **which))
 
 
 def launched(trial: Trial, problem: Problem) -> dict[str, Tensor]:
@@ -191,11 +200,9 @@ def account(path: Path) -> str:
     if not rows:
         return "no kernel has been tried alone"
     lines = []
-    for regime, walk, variant, dtype in product(("solo", "group"), RESULTS, VARIANTS, DTYPES):
+    for regime, walk, variant, dtype in product(HIDDEN, RESULTS, VARIANTS, DTYPES):
         of = {
-            trial: row
-            for trial, row in rows.items()
-            if (row["regime"], *trial[:3]) == (regime, variant, dtype, walk)
+            trial: row for trial, row in rows.items() if trial[:4] == (variant, dtype, walk, regime)
         }
         failed = [trial for trial, row in of.items() if row["status"] != OK]
         if not failed:
@@ -209,7 +216,7 @@ def account(path: Path) -> str:
         if what == WRONG:
             error, allowed = float(first["rel_err"]), float(first["allowed"])
             what = f"{first['result']}: relative error {error:.2e}, allowed {allowed:.2e}"
-        lines.append(f"  {variant:8} {dtype} {walk:8} {regime:5}: {len(failed)} of {len(of)} fail")
+        lines.append(f"  {variant:8} {dtype} {walk:8} {regime:10}: {len(failed)} of {len(of)} fail")
         lines.append(f"    where {where}; the first: {what}")
     if not lines:
         return f"no kernel alone fails, in {len(rows)} launches"

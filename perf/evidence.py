@@ -95,7 +95,7 @@ def diagnose(device: torch.device, folder: Path) -> bool:
     from .ahead import compile_trials
     from .diagnose import run_diagnosis, statuses, trials
 
-    launch.WAIT_SECONDS = 2.2  # in this process, for problems that take milliseconds
+    launch.WAIT_POLLS = 6_000_000  # in this process, for problems that take milliseconds
     path, dump = folder / "diagnose.csv", folder / "diagnose.pt"
     if not statuses(path):  # else a process before this one has begun
         dump.unlink(missing_ok=True)  # of other kernels

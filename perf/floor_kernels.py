@@ -1,6 +1,8 @@
 """The pieces that floors are made of, measured: the device's rates, and the exchange alone."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import globaltimer
 
-from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
-from trigru.launch import ExchangeTimeout, compile_options, error_flag, raise_if_failed, wait_limit
+from trigru import launch
+from trigru.exchange import await_tiles, begin, publish, settle, unwritten
+from trigru.form import Form
+from trigru.launch import (
+    ExchangeTimeout,
+    compile_options,
+    compile_time,
+    error_flag,
+    raise_if_failed,
+)
 from trigru.plan import LaunchPlan, device_limits
-from trigru.tiles import beside_operand, operand_offsets
+from trigru.tiles import awaited_offsets, awaited_rows, barrier, own_offsets
 
 from .floors import COLUMNS, PRODUCTS, Exchange, exchanges
 from .measure import (
@@ -83,75 +95,76 @@ def has_barrier(exchange: Exchange) -> bool:
 # The exchange alone
 
 
-@triton.jit(do_not_specialize=["T", "rows", "wait_limit"])
+@gluon.jit(do_not_specialize=["T", "rows", "wait_limit"])
 def _exchange_kernel(
     y_ptr,  # [T, groups, rows, SLICES, H_PAD]  exchanged
     arrived_ptr,  # [groups, 32]  of which the first counts who came to the barrier, BARRIER only
     error_ptr,
     T,
     rows,
-    wait_limit,
-    H_PAD: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SPIN: tl.constexpr,
-    SLICES: tl.constexpr,
-    BARRIER: tl.constexpr,
+    wait_limit,  # polls
+    FORM: gl.constexpr,
+    SLICES: gl.constexpr,
+    BARRIER: gl.constexpr,
 ):
     """The library's time loop without its arithmetic: store a slice, await the whole tile.
 
     With BARRIER the group meets between the two, so that nothing is left to be awaited."""
-    ROW: tl.constexpr = SLICES * H_PAD
-    CHUNKS: tl.constexpr = ROW // BLOCK_K
-    deadline = deadline_from_now(wait_limit, SPIN)
+    L: gl.constexpr = FORM.out
+    ROW: gl.constexpr = SLICES * FORM.H_PAD
+    group = gl.program_id(1)
+    unit = gl.program_id(0) * FORM.BLOCK_H + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))
+    n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))
+    mask = (unit < FORM.H_PAD)[:, None] & (n_row < rows)[None, :]  # [BLOCK_H, BLOCK_B]
+    own = own_offsets(unit, ROW, L, FORM)
+    awaited = awaited_offsets(awaited_rows(rows - 1, FORM), ROW, FORM)
 
-    group = tl.program_id(1)
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    offs_b = tl.arange(0, BLOCK_B)  # [BLOCK_B]
-    mask_b = offs_b < rows
-    mask = (offs_h < H_PAD)[:, None] & mask_b[None, :]  # [BLOCK_H, BLOCK_B]
-    mask_operand = beside_operand(mask_b, SPLIT_K)
-    own = offs_b[None, :] * ROW + offs_h[:, None]  # [BLOCK_H, BLOCK_B]
-    offs_operand = operand_offsets(offs_b, ROW, BLOCK_K, SPLIT_K)
-
-    y = y_ptr + group.to(tl.int64) * rows * ROW
-    step = tl.num_programs(1).to(tl.int64) * rows * ROW
+    y = y_ptr + group.to(gl.int64) * rows * ROW
+    step = gl.num_programs(1).to(gl.int64) * rows * ROW
     # Another value in each element and in each step, so that a wrong one is seen.
-    value = ((group * BLOCK_B + offs_b)[None, :] * H_PAD + offs_h[:, None]).to(tl.float32)
+    value = ((group * FORM.BLOCK_B + n_row)[None, :] * FORM.H_PAD + unit[:, None]).to(gl.float32)
     for t in range(T):
-        for s in tl.static_range(SLICES):
-            publish(y + own + s * H_PAD, value + s, mask)
+        for s in gl.static_range(SLICES):
+            publish(y + s * FORM.H_PAD + own, value + s, mask, FORM)
         if BARRIER:
-            met = (t + 1) * tl.num_programs(0)
-            meet(arrived_ptr + group * 32, met, deadline, error_ptr, SPIN)
-        ahead = peek(y + offs_operand, mask_operand)
-        for c in tl.static_range(CHUNKS):
-            chunk = y + offs_operand + c * BLOCK_K
-            settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)
-            if c + 1 < CHUNKS:
-                ahead = peek(chunk + BLOCK_K, mask_operand)
+            met = (t + 1) * gl.num_programs(0)
+            meet(arrived_ptr + group * 32, met, wait_limit, error_ptr)
+        await_all(y + awaited, wait_limit, error_ptr, SLICES * FORM.CHUNKS, FORM)
         # What is published next depends on the whole tile, though on none of its values: no thread
         # comes past here before all of the program have what they wait for.
-        tl.debug_barrier()
+        barrier()
         value += SLICES
         y += step
 
 
+@gluon.jit
+def await_all(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
+    """Wait for what a product takes, as it does: tiles that would go through stages one by one,
+    with the next ones under way, but not through the stages."""
+    tiles = await_tiles(ptrs, limit, error_ptr, TILES, FORM)
+    if FORM.STAGES > 0:
+        begun = tiles[1]
+        for c in gl.static_range(1, TILES):
+            if c + FORM.BEGUN < TILES:
+                begun = begun + (begin(ptrs, c + FORM.BEGUN, FORM),)  # noqa: RUF005
+            settle(begun[0], ptrs, limit, error_ptr, c, FORM)
+            begun = begun[1:]
+
+
 # One thread waits for the count, and the others for that thread.
-_COUNT_ASM = tl.constexpr("""{
+_COUNT_ASM = gl.constexpr("""{
 .reg .pred p;
-.reg .b64 d;
+.reg .b32 i;
 mov.u32 $0, %tid.x;
 setp.ne.u32 p, $0, 0;
 @p bra DONE;
+mov.u32 i, 0;
 TRY:
 ld.acquire.gpu.global.b32 $0, [$1];
 setp.ge.s32 p, $0, $2;
 @p bra DONE;
-mov.u64 d, %globaltimer;
-setp.lt.s64 p, d, $3;
+add.u32 i, i, 1;
+setp.lt.u32 p, i, $3;
 @p bra TRY;
 mov.b32 $0, 1;
 st.relaxed.sys.global.b32 [$4], $0;
@@ -159,32 +172,19 @@ DONE:
 }""")
 
 
-@triton.jit
-def meet(arrived_ptr, count, deadline, error_ptr, SPIN: tl.constexpr):
+@gluon.jit
+def meet(arrived_ptr, count, limit, error_ptr):
     """Wait until `count` arrivals were counted, of this program and the others of its group.
 
     What a program stored before it, all of them can load after it."""
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
-    if SPIN > 0:
-        tl.inline_asm_elementwise(
-            _COUNT_ASM,
-            "=&r,l,r,l,l",
-            [arrived_ptr.to(tl.int64), count, deadline, error_ptr.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        polls = 0
-        arrived = tl.load(arrived_ptr, volatile=True)
-        while arrived < count:
-            polls += 1
-            if polls >= deadline:
-                tl.store(error_ptr, 1)
-            failed = tl.load(error_ptr, volatile=True)
-            arrived = tl.where(failed != 0, count, tl.load(arrived_ptr, volatile=True))
-    tl.debug_barrier()  # and none loads before that one knows
+    barrier()  # all threads have stored before one of them says so
+    gl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+    gl.inline_asm_elementwise(
+        _COUNT_ASM, "=&r,l,r,r,l",
+        [arrived_ptr.to(gl.int64), count, limit, error_ptr.to(gl.int64)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    barrier()  # and none loads before that one knows
 
 
 def measure_exchange(
@@ -193,16 +193,17 @@ def measure_exchange(
     """The microseconds of a step, once for each round: by how much a long launch takes longer than
     a short one, for each step that it has more."""
     like = torch.empty(0, dtype=DTYPES[exchange.dtype], device=device)
-    row = exchange.slices * exchange.H_pad
-    step_bytes = exchange.turns * exchange.groups * exchange.rows * row * like.itemsize
+    units = exchange.programs * exchange.BLOCK_H
+    tile = exchange.groups, exchange.rows, exchange.slices, exchange.H_pad
+    step_bytes = exchange.turns * math.prod(tile) * like.itemsize
     long = max(LEAST_STEPS, min(MOST_STEPS, L2_BYTES // step_bytes))
     short = long // SHORT_PART
-    y = unwritten(long * exchange.turns, exchange.groups, exchange.rows, row, like=like)
+    y = unwritten(long * exchange.turns, *tile, H=units, like=like)
     # A cache line for each group: neighbours would slow each other down.
     arrived = torch.zeros(exchange.groups, 32, dtype=torch.int32, device=device)
     calls: dict[str, Call] = {}
     for name, tensor in (("short", y[: short * exchange.turns]), ("long", y)):
-        calls[f"{name}, reset"] = partial(reset, tensor, arrived)
+        calls[f"{name}, reset"] = partial(reset, tensor, arrived, units)
         calls[name] = partial(exchange_alone, tensor, arrived, exchange, plan, barrier)
     for call in calls.values():
         call()
@@ -215,23 +216,28 @@ def measure_exchange(
     return [(b - a) / (long - short) for a, b in pairs]
 
 
-def reset(y: Tensor, arrived: Tensor) -> None:
+def reset(y: Tensor, arrived: Tensor, units: int) -> None:
     """Nothing has arrived, and nobody."""
     y.view(torch.uint8).fill_(255)
+    y[..., units:] = 0  # padding
     arrived.zero_()
 
 
 def exchange_alone(
     y: Tensor, arrived: Tensor, exchange: Exchange, plan: LaunchPlan, barrier: bool
 ) -> None:
-    """Hand over y (T, groups, rows, slices · H_pad), step by step."""
-    T = len(y)
+    """Hand over y (T, groups, rows, slices, H_pad), step by step."""
     _exchange_kernel[(exchange.programs, exchange.groups, 1)](
-        y, arrived, error_flag(y.device), T, exchange.rows, wait_limit(T),
-        H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B, BLOCK_K=plan.BLOCK_K,
-        SPLIT_K=plan.SPLIT_K, SPIN=plan.spin, SLICES=exchange.slices, BARRIER=barrier,
-        num_warps=plan.num_warps, launch_cooperative_grid=True, **compile_options(),
+        y, arrived, error_flag(y.device), len(y), exchange.rows, launch.WAIT_POLLS,
+        FORM=form_of(plan), SLICES=exchange.slices, BARRIER=barrier, num_warps=plan.num_warps,
+        launch_cooperative_grid=True, **compile_options(),
     )  # fmt: skip
+
+
+def form_of(plan: LaunchPlan) -> Form:
+    """The plan's form, but the same for all plans that exchange the same."""
+    plan = replace(plan, H=plan.H_pad, u_shared=plan.chunks)
+    return compile_time(plan, tf32=True)["FORM"]
 
 
 # The device's constants

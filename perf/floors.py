@@ -28,10 +28,13 @@ class Exchange(NamedTuple):
     programs: int  # of a group
     groups: int  # that run at once, those of a second direction included
     rows: int  # of a group's tile that are not padding
+    regime: str
+    wgmma: bool  # which decides what a thread stores
     BLOCK_H: int
     BLOCK_B: int
-    BLOCK_K: int
+    warps: int
     H_pad: int
+    chunks: int
     slices: int  # tiles that are published and awaited together
     turns: int  # exchanges one after another
 
@@ -91,9 +94,15 @@ class Floors:
                 plan = plan_of(case, backward, limits)
             except NoPlan:
                 return 0.0
-            # The rows of U that stay on an SM, which every step reads from its shared memory
-            u_bytes = 3 * plan.BLOCK_H * plan.H_pad * itemsize(case)
-            step = u_bytes / (SHARED_BYTES_PER_CLOCK * self._constant("clock"))
+            # In every step an SM multiplies its share of U by its rows of the state, and reads from
+            # its shared memory what of U lies there.
+            u, u_shared = 3 * plan.BLOCK_H * plan.H_pad, plan.u_shared / plan.chunks
+            product = dtype_name(case.dtype, torch.device("cuda"))
+            rate = self._constant("matmul", product) / limits.sm_count
+            step = max(
+                2 * u * plan.rows / (1e6 * rate),
+                u * u_shared * itemsize(case) / (SHARED_BYTES_PER_CLOCK * self._constant("clock")),
+            )
             if not plan.solo:
                 key = ("exchange", *map(str, exchange_of(plan, case, backward)))
                 step = max(step, self.measured[key])
@@ -153,9 +162,9 @@ def exchange_of(plan: LaunchPlan, case: Case, backward: bool) -> Exchange:
     textbook = case.variant == "textbook"
     return Exchange(
         dtype=EXCHANGED[itemsize(case)], programs=programs, groups=tiles * directions,
-        rows=min(case.B, plan.BLOCK_B), BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B,
-        BLOCK_K=plan.BLOCK_K, H_pad=plan.H_pad, slices=3 if backward and not textbook else 1,
-        turns=2 if textbook else 1,
+        rows=plan.rows, regime=plan.regime, wgmma=plan.wgmma, BLOCK_H=plan.BLOCK_H,
+        BLOCK_B=plan.BLOCK_B, warps=plan.num_warps, H_pad=plan.H_pad, chunks=plan.chunks,
+        slices=3 if backward and not textbook else 1, turns=2 if textbook else 1,
     )  # fmt: skip
 
 

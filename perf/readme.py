@@ -31,11 +31,11 @@ START, END = "<!-- evidence -->", "<!-- /evidence -->"
 NOT_YET = """\
 **Status: not yet run on a GPU.** The kernels give right numbers in an emulator that executes what
 Triton compiles of them, whole launches at once, with checks of memory, races, barriers and the
-exchange's protocol, for sm_80 and sm_90; and they compile for sm_80, sm_86, sm_90, sm_100 and sm_120
-(without spills for the shapes listed in `tests/test_compile.py`). What no GPU has confirmed yet:
-every statement about speed and memory, what the machine code makes of the emulated one, CUDA graphs,
-and the choice between plans, which comes from a model. `python -m perf evidence` runs what there is
-to see on a GPU in one go."""
+exchange's protocol, for sm_80 and sm_90; and they compile for sm_80, sm_86, sm_90, sm_100 and
+sm_120 (without spills for the shapes listed in `tests/test_compile.py`). What no GPU has
+confirmed yet: every statement about speed and memory, what the machine code makes of the emulated
+one, CUDA graphs, and the choice between plans, which comes from a model. `python -m perf
+evidence` runs what there is to see on a GPU in one go."""
 ELSEWHERE = """\
 On other GPUs no kernel has run yet; they compile for sm_80, sm_86, sm_90, sm_100 and sm_120
 (without spills for the shapes listed in `tests/test_compile.py`). `python -m perf evidence`

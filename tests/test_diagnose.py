@@ -12,7 +12,7 @@ from trigru.launch import ExchangeTimeout
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
-HIDDEN = diagnose.HIDDEN[2]
+REGIMES = list(diagnose.HIDDEN)
 LAUNCHERS = {"forward": "gru_forward", "backward": "gru_backward"}
 
 
@@ -29,7 +29,9 @@ class Lab:
         monkeypatch.setattr(diagnose, "device_limits", lambda device: TARGETS[90])
         monkeypatch.setattr(diagnose, "LENGTHS", (1, 2))
         monkeypatch.setattr(diagnose, "BATCHES", (1, 3))
-        monkeypatch.setattr(diagnose, "HIDDEN", {2: (56, 144), 4: (56, 80)})
+        hidden = {"solo": {2: (56,), 4: (56,)}, "latency": {2: (144,), 4: (80,)}}
+        hidden["throughput"] = hidden["latency"]
+        monkeypatch.setattr(diagnose, "HIDDEN", hidden)
         self.plant("forward", lambda results, **_: results)
         self.plant("backward", lambda results, **_: results)
 
@@ -40,7 +42,7 @@ class Lab:
 
         def launcher(*, plan, **given):
             of = given["gx" if walk == "forward" else "dy"]
-            self.launched.append((walk, of.dtype, plan.H, plan.D))
+            self.launched.append((walk, of.dtype, plan.regime, plan.D))
             results = computed(**given)
             return fault(results, of=of, plan=plan, textbook=given["textbook"])
 
@@ -57,18 +59,18 @@ class Lab:
 def test_what_is_right_passes(lab, capsys, monkeypatch):
     assert lab.run() and not lab.dump.exists()
     assert f"no kernel alone fails, in {len(diagnose.trials())} launches" in capsys.readouterr().out
-    assert len(lab.launched) == len(diagnose.trials()) == 2 * 3 * 2 * 2 * 2 * 2 * 2
+    assert len(lab.launched) == len(diagnose.trials()) == 2 * 3 * 2 * 3 * 2 * 2 * 2
     lab.launched.clear()
     assert lab.run() and not lab.launched  # all is known
     monkeypatch.setattr(diagnose, "kernel_hash", lambda: "mended")
     assert not diagnose.statuses(lab.path)  # of other kernels
 
 
-@pytest.mark.parametrize("regime", ["solo", "group"])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("walk", LAUNCHERS)
 def test_swapped_gates_of_one_variant_and_dtype(lab, capsys, walk, regime):
     def fault(results, of, plan, textbook):
-        if not textbook or of.dtype != BF16 or plan.solo != (regime == "solo"):
+        if not textbook or of.dtype != BF16 or plan.regime != regime:
             return results
         first, second, third = results
         if walk == "forward":
@@ -93,8 +95,8 @@ def test_a_fault_in_some_shapes(lab, capsys):
 
     lab.plant("backward", fault)
     assert not lab.run()
-    assert lab.failing() == [["torch", "fp16", "backward", regime] for regime in ("solo", "group")]
-    assert capsys.readouterr().out.count("directions = 2, T = 2, B = 3; the first: dh0") == 2
+    assert lab.failing() == [["torch", "fp16", "backward", regime] for regime in REGIMES]
+    assert capsys.readouterr().out.count("directions = 2, T = 2, B = 3; the first: dh0") == 3
 
 
 def test_the_smallest_that_fails_is_kept(lab):
@@ -102,7 +104,7 @@ def test_the_smallest_that_fails_is_kept(lab):
     lab.run()
     kept = torch.load(lab.dump)
     trial = diagnose.Trial(**kept["trial"])
-    assert trial[2:] == ("backward", 56, 1, 1, 1)
+    assert trial[2:] == ("backward", "solo", 56, 1, 1, 1)
     problem = diagnose.make_problem(trial, CPU)
     assert kept["inputs"].keys() == problem.given.keys()
     assert all(torch.equal(kept["inputs"][name], t) for name, t in problem.given.items())
@@ -114,7 +116,7 @@ def test_the_smallest_that_fails_is_kept(lab):
 @pytest.mark.parametrize("walk", LAUNCHERS)
 def test_a_dump_is_small(lab, walk):
     """U is most of it."""
-    trial = diagnose.Trial("torch", "bf16", walk, max(HIDDEN), directions=1, T=1, B=3)
+    trial = diagnose.Trial("torch", "bf16", walk, "latency", H=256, directions=1, T=1, B=3)
     diagnose.keep(lab.dump, trial, diagnose.make_problem(trial, CPU), None)
     assert lab.dump.stat().st_size < 600 * 1024
 
@@ -122,15 +124,15 @@ def test_a_dump_is_small(lab, walk):
 @pytest.mark.parametrize("error", [ExchangeTimeout("gave up"), RuntimeError("out of registers")])
 def test_a_kernel_that_raises_is_left_alone(lab, capsys, error):
     def fault(results, of, plan, textbook):
-        if (plan.H, plan.D, of.dtype) == (144, 1, BF16):
+        if (plan.regime, plan.D, of.dtype) == ("latency", 1, BF16):
             raise error
         return results
 
     lab.plant("forward", fault)
     assert not lab.run()
-    assert lab.launched.count(("forward", BF16, 144, 1)) == 2  # one of each variant
-    assert lab.launched.count(("forward", BF16, 144, 2)) == 2 * 4
-    expected = [[variant, "bf16", "forward", "group"] for variant in ("torch", "textbook")]
+    assert lab.launched.count(("forward", BF16, "latency", 1)) == 2  # one of each variant
+    assert lab.launched.count(("forward", BF16, "latency", 2)) == 2 * 4
+    expected = [[variant, "bf16", "forward", "latency"] for variant in ("torch", "textbook")]
     assert lab.failing() == expected
     assert capsys.readouterr().out.count(f"the first: {type(error).__name__}: {error}") == 2
     assert torch.load(lab.dump)["got"] == {}
@@ -166,17 +168,26 @@ def test_a_process_that_ends_leaves_word_of_the_kernel(lab, capsys):
         pass
 
     def fault(results, plan, textbook, **_):
-        if plan.D == 2 and plan.H == 144 and textbook:
+        if plan.D == 2 and plan.regime == "throughput" and textbook:
             raise End
         return results
 
     lab.plant("forward", fault)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(End):
             lab.run()
     assert not lab.run()
     assert {tuple(line[1:]) for line in lab.failing()} == {
-        ("bf16", "forward", "group"), ("fp16", "forward", "group"),
+        (dtype, "forward", "throughput") for dtype in ("bf16", "fp16", "fp32")
     }  # fmt: skip
-    assert capsys.readouterr().out.count("the first: began") == 2
-    assert torch.load(lab.dump)["trial"]["H"] == 144
+    assert capsys.readouterr().out.count("the first: began") == 3
+    assert torch.load(lab.dump)["trial"]["regime"] == "throughput"
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_every_trial_has_a_plan_of_its_regime(monkeypatch, sm):
+    monkeypatch.setattr(diagnose, "device_limits", lambda device: TARGETS[sm])
+    plans = {trial: diagnose.plan_of(trial, CPU) for trial in diagnose.trials()}
+    assert all(plan.regime == trial.regime for trial, plan in plans.items())
+    assert {plan.regime for plan in plans.values()} == {"solo", "latency", "throughput"}
+    assert max(trial.H for trial in plans) == 256  # of which a dump is small

@@ -20,7 +20,7 @@ from trigru import forward, launch
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
-GROUP = Case(90, "bf16", False, H=29, B=5, T=2, form="group")
+LATENCY = Case(90, "bf16", False, H=29, B=5, T=2, form="latency")
 HEADER = """.visible .entry k(
 .param .u64 a_ptr
 )
@@ -146,10 +146,10 @@ def test_the_ptx_is_what_triton_compiles(monkeypatch, tmp_path):
 
     kernel = forward._gru_forward_kernel
     monkeypatch.setattr(forward, "_gru_forward_kernel", Recorded())
-    inputs, _ = problem_of(GROUP)
+    inputs, _ = problem_of(LATENCY)
     forward.gru_forward(
         **inputs, offsets=None, textbook=False, reverse=False, bidirectional=False, save=True,
-        plan=plan_of(GROUP, backward=False),
+        plan=plan_of(LATENCY, backward=False),
     )  # fmt: skip
     ((args, kwargs),) = calls
     compiled, bound, passed = compile_as_jit(kernel, 90, args, kwargs)
@@ -192,11 +192,11 @@ def test_the_library_is_left_as_it_was():
 
 def test_a_seed_is_a_schedule():
     """The same seed repeats it to the instruction, others do not; the numbers are the same."""
-    inputs, cotangents = problem_of(GROUP)
+    inputs, cotangents = problem_of(LATENCY)
     runs = {}
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         emulator = Emulator(seed=seed)
-        results = run_kernels(GROUP, inputs, cotangents, emulator)
+        results = run_kernels(LATENCY, inputs, cotangents, emulator)
         assert not emulator.faults
         runs[name] = results, [(r.instructions, r.barriers) for r in emulator.results]
     assert runs["first"][1] == runs["again"][1] != runs["other"][1]
@@ -233,11 +233,11 @@ def test_processes_may_build_at_once(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "canonical NaN: none",
+        "canonical NaN: none, of 16 bits",
         "wait: leaves at once",
         "wait: gives up at once",
         "barriers: none",
-        "fences: no proxy fence",
+        "fences: no proxy fence, throughput wgmma",
         "layouts: registers of A swapped",
         "masks: stores are not masked",
     ],

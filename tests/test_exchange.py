@@ -4,89 +4,143 @@ import sys
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from emulator import Emulator, why_not
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from trigru.exchange import deadline_from_now, peek, publish, settle, unwritten
+from trigru.exchange import await_tiles, publish, settle, unwritten
 from trigru.launch import compile_options
+from trigru.tiles import Form, awaited_offsets, awaited_rows, own_offsets
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
-DTYPES = {16: torch.float16, 32: torch.float32}
-INTEGERS = {16: torch.int16, 32: torch.int32}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = {2: torch.int16, 4: torch.int32}
 CASES = pytest.mark.parametrize(
-    ("sm", "bits", "vectors"), [(sm, b, v) for sm in (80, 90) for b in (16, 32) for v in (1, 2, 8)]
+    ("sm", "regime", "dtype"),
+    [(sm, r, dtype) for sm in (80, 90) for r in ("latency", "throughput") for dtype in DTYPES],
+    ids=str,
 )
 # Halves of words that a test for the sentinel, all bits one, could take for it or for its absence
 HALVES = [0, 0, 1, 0x7FFF, 0x8000, 0xFF00, 0xFFFD, 0xFFFE, 0xFFFE, 0xFFFF, 0xFFFF]
-LIMIT, WARPS = 1_000_000, 2
+LIMIT = 20_000  # polls: later than anything that arrives
+NOTHING = -2  # no element is lost
 
 
-@triton.jit(do_not_specialize=["never", "limit"])
-def _hand_over_kernel(source_ptr, y_ptr, out_ptr, error_ptr, never, limit, SIZE: tl.constexpr,
-                      SPIN: tl.constexpr):  # fmt: skip
-    """Program 0 publishes all of the source but its first elements; program 1 awaits all."""
-    offs = tl.arange(0, SIZE)  # [SIZE]
-    if tl.program_id(0) == 0:
-        publish(y_ptr + offs, tl.load(source_ptr + offs), offs >= never)
+@gluon.jit(do_not_specialize=["lost", "limit"])
+def _exchange_kernel(source_ptr, y_ptr, out_ptr, error_ptr, lost, limit, FORM: gl.constexpr):
+    """Program 0 publishes all of the source but elements `lost` and `lost` + 1; program 1 awaits
+    all, the chunks one after another where the form has stages."""
+    if gl.program_id(0) == 0:
+        L: gl.constexpr = FORM.out
+        for unit0 in range(0, FORM.H_PAD, FORM.BLOCK_H):
+            unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))
+            own = own_offsets(unit, FORM.H_PAD, L, FORM)  # [BLOCK_H, BLOCK_B]
+            publish(y_ptr + own, gl.load(source_ptr + own), (own < lost) | (own > lost + 1), FORM)
     else:
-        deadline = deadline_from_now(limit, SPIN)
-        ahead = peek(y_ptr + offs, offs < SIZE)
-        tile = settle(ahead, y_ptr + offs, offs < SIZE, deadline, error_ptr, SPIN)
-        tl.store(out_ptr + offs, tile)
+        offsets = awaited_offsets(awaited_rows(FORM.BLOCK_B - 1, FORM), FORM.H_PAD, FORM)
+        tiles = await_tiles(y_ptr + offsets, limit, error_ptr, FORM.CHUNKS, 3, FORM)
+        CHUNKS: gl.constexpr = FORM.CHUNKS
+        for c in gl.static_range(CHUNKS):
+            if FORM.STAGES == 0:
+                tile = tiles[c]
+            elif c == 0:
+                tile = tiles[0]
+            else:
+                tile = settle(tiles[1][c - 1], y_ptr + offsets, limit, error_ptr, c, FORM)
+            gl.store(out_ptr + c * (FORM.H_PAD // FORM.CHUNKS) + offsets, tile)
 
 
-def awaited(source, emulator, y=None, never=0, limit=LIMIT):
+def form_of(sm, regime, dtype):
+    bits, chunks = 8 * dtype.itemsize, 2
+    how = {"WARPS": 4, "BITS": bits, "CHUNKS": chunks, "NEWER": sm >= 90}
+    if regime == "latency":  # the least that can be multiplied at once
+        H = chunks * 4 * 512 // bits
+        return Form(H, H, 16, 8, SPLIT_K=4, **how)
+    H = chunks * 128  # two vectors a thread, or four
+    return Form(H, H, 32, 16, STAGES=2, U_SHARED=chunks, **how)
+
+
+def awaited(source, form, emulator, y=None, lost=NOTHING, limit=LIMIT, flag=0):
     """What program 1 has in the end, and the error flag."""
-    y = unwritten(len(source), like=source) if y is None else y
-    out, error = torch.empty_like(source), torch.zeros(1, dtype=torch.int32)
-    emulator.kernels = ((sys.modules[__name__], "_hand_over_kernel"),)
+    y = unwritten(*source.shape, H=form.H, like=source) if y is None else y
+    out, error = torch.empty_like(source), torch.tensor([flag], dtype=torch.int32)
+    emulator.kernels = ((sys.modules[__name__], "_exchange_kernel"),)
     with emulator:
-        _hand_over_kernel[(2, 1, 1)](
-            source, y, out, error, never, limit, SIZE=len(source),
-            SPIN=len(source) // (32 * WARPS), num_warps=WARPS, **compile_options(),
+        _exchange_kernel[(2, 1, 1)](
+            source, y, out, error, lost, limit, FORM=form, num_warps=form.WARPS,
+            launch_cooperative_grid=True, **compile_options(),
         )  # fmt: skip
     assert all(result.finished for result in emulator.results)
-    return out.view(INTEGERS[8 * out.itemsize]), error.item()
+    return bits_of(out), error.item()
 
 
-def tile(bits, vectors, seed=0):
-    """As many vectors for each thread; of special bits."""
+def bits_of(tensor):
+    return tensor.view(INTEGERS[tensor.itemsize])
+
+
+def special(form, dtype, seed=0):
+    """Rows of a tile, of special bits."""
     generator = torch.Generator().manual_seed(seed)
-    size = 32 * WARPS * vectors * 16 // 2
     halves = torch.tensor(HALVES, dtype=torch.int32).to(torch.int16)
-    picked = halves[torch.randint(len(halves), (size,), generator=generator)]
-    return picked.view(DTYPES[bits])
+    shape = form.BLOCK_B, form.H * dtype.itemsize // 2
+    return halves[torch.randint(len(halves), shape, generator=generator)].view(dtype)
 
 
-def canonical(source):
-    """As published: the sentinel becomes another NaN."""
-    bits = source.view(INTEGERS[8 * source.itemsize])
+def published(source):
+    """As it arrives: the sentinel has become another NaN."""
+    bits = bits_of(source)
     return torch.where(bits == -1, -2, bits)
 
 
 @CASES
-def test_a_wait_ends_with_all_of_the_tile(sm, bits, vectors):
+def test_a_wait_ends_with_all_of_the_tile(sm, regime, dtype):
+    form = form_of(sm, regime, dtype)
     for seed in range(8):
-        source, emulator = tile(bits, vectors, seed), Emulator(sm, seed=seed)
-        out, error = awaited(source, emulator)
-        assert torch.equal(out, canonical(source)) and not error
+        source, emulator = special(form, dtype, seed), Emulator(sm, seed=seed)
+        out, error = awaited(source, form, emulator)
+        assert torch.equal(out, published(source)) and not error
         assert emulator.faults == []
 
 
 @CASES
-@pytest.mark.parametrize("limit", [LIMIT, -LIMIT])
-def test_a_tile_that_had_arrived_meets_no_deadline(sm, bits, vectors, limit):
-    source = canonical(tile(bits, vectors)).view(DTYPES[bits])
-    out, error = awaited(source, Emulator(sm, missing=0), y=source.clone(), limit=limit)
-    assert torch.equal(out, canonical(source)) and not error
+def test_a_tile_that_had_arrived_is_looked_at_once(sm, regime, dtype):
+    """Whatever the limit, and whoever has given up."""
+    form = form_of(sm, regime, dtype)
+    there = published(special(form, dtype)).view(dtype)
+    for flag in (0, 1):
+        out, error = awaited(
+            there, form, Emulator(sm, missing=0), there.clone(), limit=1, flag=flag
+        )
+        assert torch.equal(out, bits_of(there)) and error == flag
 
 
 @CASES
-@pytest.mark.parametrize("never", [1, 3])
-def test_a_wait_for_what_never_arrives_sets_the_flag(sm, bits, vectors, never):
-    source = tile(bits, vectors)
-    out, error = awaited(source, Emulator(sm), never=never)
-    assert error == 1
-    assert (out[:never] == -1).all() and torch.equal(out[never:], canonical(source)[never:])
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_wait_for_what_never_arrives_sets_the_flag(sm, regime, dtype, chunk):
+    """And the sentinel is left where it was awaited, and nowhere else."""
+    form = form_of(sm, regime, dtype)
+    source, lost = special(form, dtype), 3 * form.H + chunk * form.H // 2 + 6
+    out, error = awaited(source, form, Emulator(sm, seed=chunk), lost=lost)
+    expected = published(source)
+    expected.view(-1)[lost : lost + 2] = -1
+    assert error == 1 and torch.equal(out, expected)
+
+
+@CASES
+def test_waits_are_bounded_and_short_once_another_has_given_up(sm, regime, dtype):
+    """Instructions tell how often was looked, as nothing runs beside the wait."""
+    form = form_of(sm, regime, dtype)
+    there = published(special(form, dtype)).view(dtype)
+    bits_of(there).view(-1)[-2:] = -1  # of the last chunk
+
+    def instructions(limit, flag):
+        emulator = Emulator(sm, missing=0)
+        out, error = awaited(there, form, emulator, there.clone(), limit=limit, flag=flag)
+        assert error == 1 and torch.equal(out, bits_of(there))
+        return emulator.results[0].instructions
+
+    of_64, of_65, of_640 = (instructions(limit, 0) for limit in (64, 65, 640))
+    poll = of_65 - of_64
+    assert poll > 0 and 576 * poll <= of_640 - of_64 < 577 * poll + 10 * 16  # every 64th asks more
+    assert abs(instructions(LIMIT, 1) - of_64) < poll

@@ -3,9 +3,9 @@
 import csv
 import math
 import re
-import subprocess
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,16 +13,17 @@ import triton
 from emulator import Emulator, why_not
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from perf import floor_kernels, floors
-from perf.compiling import ELEMENT, TARGETS, TOOLS
+from perf.compiling import ELEMENT, TARGETS, run_tool
 from perf.floor_kernels import run_floors
 from perf.floors import COLUMNS, Exchange, Floors
 from perf.measure import FACTS, append_row
 from perf.shapes import SETS, Case
 from trigru import launch
 from trigru.exchange import unwritten
-from trigru.plan import LaunchPlan, NoPlan, plan_launch
+from trigru.plan import LaunchPlan, NoPlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -35,26 +36,35 @@ GROUP = Case("torch", "bf16", T=100, B=16, I=256, H=512)
 SOLO = Case("torch", "bf16", T=100, B=16, I=64, H=64)
 
 
-def make_plan(H, D=1, *, solo=False, BLOCK_H=16, BLOCK_K=32, WARPS=8, batch_programs=8):
+def make_plan(
+    H, D=1, *, regime="latency", bits=16, BLOCK_H=16, BLOCK_B=16, warps=8, chunks=2, u_shared=0,
+    wgmma=False, rows=16, batch_programs=8,
+):  # fmt: skip
     """A plan with the structure of a real one."""
-    H_pad, BLOCK_B = -(-H // BLOCK_K) * BLOCK_K, 16
-    if solo:
-        BLOCK_H = BLOCK_K
+    H_pad = BLOCK_H if regime == "solo" else -(-H // 256) * 256
     return LaunchPlan(
-        H=H, D=D, H_pad=H_pad, BLOCK_H=BLOCK_H, BLOCK_B=BLOCK_B, BLOCK_K=BLOCK_K,
-        SPLIT_K=1 if solo else WARPS, num_warps=WARPS, spin=BLOCK_K * BLOCK_B // (32 * WARPS),
-        solo=solo, directions=D, batch_programs=batch_programs, shared_bytes=0,
+        H=H, D=D, bits=bits, H_pad=H_pad, BLOCK_H=BLOCK_H, BLOCK_B=BLOCK_B, num_warps=warps,
+        shared_bytes=0, solo=regime == "solo", split=regime == "latency", chunks=chunks,
+        stages=2 * (regime == "throughput"), u_shared=u_shared, wgmma=wgmma, rows=rows,
+        directions=D, batch_programs=batch_programs,
     )  # fmt: skip
 
 
 def plans(limits, *, B, H, D, itemsize, backward, textbook):
-    """Stands in for plan_launch, whose choice may change: 32 programs forward, 16 backward."""
+    """Stands in for plan_launch, whose choice may change: programs of 16 units forward, half of
+    whose U is in shared memory, and of 32 backward, with all of it there."""
     if H > 2048:
         raise NoPlan("too large")
+    rows = min(B, 16)
     if H <= 128:
-        return make_plan(H, D, solo=True, BLOCK_K=128)
-    BLOCK_H = 32 if backward else 16
-    return make_plan(H, D, BLOCK_H=BLOCK_H, BLOCK_K=256, batch_programs=2)
+        u_shared = int(H > 32)
+        return make_plan(H, D, regime="solo", BLOCK_H=H, chunks=1, u_shared=u_shared, rows=rows)
+    if backward:
+        return make_plan(
+            H, D, regime="throughput", BLOCK_H=32, warps=4, chunks=4, u_shared=4, rows=rows,
+            batch_programs=2,
+        )  # fmt: skip
+    return make_plan(H, D, u_shared=1, rows=rows, batch_programs=2)
 
 
 @pytest.fixture
@@ -64,8 +74,8 @@ def known_plans(monkeypatch):
 
 # What a case must take
 
-FORWARD = Exchange("bf16", 32, 1, 16, 16, 16, 256, 512, slices=1, turns=1)
-BACKWARD = Exchange("bf16", 16, 1, 16, 32, 16, 256, 512, slices=3, turns=1)
+FORWARD = Exchange("bf16", 32, 1, 16, "latency", False, 16, 16, 8, 512, 2, slices=1, turns=1)
+BACKWARD = Exchange("bf16", 16, 1, 16, "throughput", False, 32, 16, 4, 512, 4, slices=3, turns=1)
 FAST = {  # no term is over 1 µs, but for that of the launch
     ("graph", ""): 1.0,
     ("bandwidth", ""): 1e6,
@@ -112,13 +122,13 @@ def floor(known_plans, tmp_path):
 
 
 # By hand. GROUP has 100·16·(256 + 512) elements of x and y, 2·16·512 of h0 and h_n and
-# 3·512·(256 + 512 + 2) of weights, of 2 bytes; 2·100·16·3·512·(256 + 512) FLOPs; and 3·16·512·2/128
-# clocks for U in a step forward, twice that backward.
+# 3·512·(256 + 512 + 2) of weights, of 2 bytes; one of 132 SMs has 2·3·16·512·16 FLOPs a step, and
+# half of 3·16·512·2/128 clocks for U in a step forward, twice and four times that backward.
 SLOW = {
     "launch": ({("graph", ""): 7}, 7, 7),
     "bytes": ({("bandwidth", ""): 1}, 4855.808, 2 * 4855.808),
-    "flops": ({("matmul", "bf16"): 1}, 3774.8736, 3 * 3774.8736),
-    "U": ({("clock", ""): 1}, 100 * 384, 100 * 384 + 100 * 768),
+    "products": ({("matmul", "bf16"): 1}, 100 * 103.809024, 3 * 100 * 103.809024),
+    "U": ({("clock", ""): 1}, 100 * 192, 100 * 192 + 100 * 768),
     "exchange": ({FORWARD: 2}, 200, 200 + 100 * 0.001),
     "exchange back": ({BACKWARD: 5}, 1, 500 + 100 * 0.001),
 }
@@ -132,11 +142,22 @@ def test_a_group(floor, slow):
 
 
 def test_a_step_takes_the_longer_of_its_parts(floor):
-    slow = {("clock", ""): 384.0}  # U in 1 µs forward, 2 backward
+    slow = {("clock", ""): 192.0}  # U in 1 µs forward, 4 backward
     assert floor(GROUP, "forward", slow | {FORWARD: 0.9}) == pytest.approx(100)
     assert floor(GROUP, "forward", slow | {FORWARD: 1.5}) == pytest.approx(150)
-    assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 1.5}) == pytest.approx(350)
+    assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 1.5}) == pytest.approx(550)
+    assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 4.5}) == pytest.approx(600)
+    slow |= {("matmul", "bf16"): 103.809024 / 5}  # products in 5 µs, 10 backward
+    assert floor(GROUP, "training", slow | {FORWARD: 1.5, BACKWARD: 4.5}) == pytest.approx(1500)
     assert floor(GROUP._replace(packed=True), "forward", slow) is None
+
+
+def test_flops_of_the_whole_device(floor):
+    """Of the input projections, which no step has, and the recurrent products, 2·100·16·3·512·I."""
+    slow = {("matmul", "bf16"): 1}
+    for mode, more in (("forward", 1), ("training", 3)):
+        done = 2 * 100 * 16 * 3 * 512 * (8192 + 512)
+        assert floor(GROUP._replace(I=8192), mode, slow) == pytest.approx(more * done / 1e6)
 
 
 def test_layers_and_directions(floor):
@@ -167,10 +188,13 @@ def test_textbook(floor):
 
 def test_solo_needs_no_exchange(floor):
     exchanges = (FORWARD, BACKWARD)
-    # A make_plan solo has H_pad = BLOCK_H = 128: 3·128·128·2/128 clocks for U in a step
-    slow = {("clock", ""): 768.0}
+    slow = {("clock", ""): 192.0}  # 3·64·64·2/128 for U in a step, where it is in shared memory
     assert floor(SOLO, "forward", slow, without=exchanges) == pytest.approx(100)
     assert floor(SOLO, "training", slow, without=exchanges) == pytest.approx(200)
+    small = SOLO._replace(H=32, I=32)
+    assert floor(small, "training", slow, without=exchanges) == FAST["graph", ""]
+    slow = {("matmul", "bf16"): 2 * 3 * 32 * 32 * 16 * 132 / 1e6}
+    assert floor(small, "training", slow, without=exchanges) == pytest.approx(200)
 
 
 def test_batch_tiles_that_follow_in_a_launch_count_once(floor):
@@ -198,11 +222,11 @@ def test_float32_products_are_those_of_the_rnns(floor, precision, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
     case = GROUP._replace(dtype="fp32")
     slow = {("matmul", "fp32"): 1, ("matmul", "tf32"): 2, FORWARD._replace(dtype="fp32"): 1e-3}
-    floor_in_full = 3774.8736
+    floor_in_full = 100 * 103.809024
     expected = floor_in_full if precision == "ieee" else floor_in_full / 2
     assert floor(case, "forward", slow) == pytest.approx(expected)
     assert floor(case._replace(dtype="tf32"), "forward", slow) == pytest.approx(floor_in_full / 2)
-    assert floor(case, "forward", slow | {("clock", ""): 1}) == pytest.approx(100 * 2 * 384)
+    assert floor(case, "forward", slow | {("clock", ""): 1}) == pytest.approx(100 * 2 * 192)
 
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
@@ -250,8 +274,8 @@ def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
         BACKWARD,
         FORWARD._replace(rows=1),
         BACKWARD._replace(rows=1),
-        FORWARD._replace(groups=2),
-        BACKWARD._replace(groups=2),
+        FORWARD._replace(programs=19, groups=2),
+        BACKWARD._replace(programs=10, groups=2),
         FORWARD._replace(dtype="fp32", groups=2),
         BACKWARD._replace(dtype="fp32", groups=2),
         FORWARD._replace(turns=2),
@@ -261,8 +285,8 @@ def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
     assert not floors.exchanges([GROUP._replace(packed=True)], H100)
     more = floors.exchanges([GROUP._replace(H=600)], H100)
     assert set(more) == {
-        FORWARD._replace(programs=48, H_pad=768),
-        BACKWARD._replace(programs=24, H_pad=768),
+        FORWARD._replace(programs=38, H_pad=768),
+        BACKWARD._replace(programs=19, H_pad=768),
     }
 
 
@@ -281,8 +305,8 @@ def test_real_exchanges_run_at_once_and_fit_into_memory(sm):
     limits = TARGETS[sm]
     for exchange, plan in floors.exchanges(list(SETS["core"]()), limits).items():
         assert exchange.programs * exchange.groups <= limits.sm_count
-        assert exchange.programs * exchange.BLOCK_H == exchange.H_pad
-        assert not plan.solo and exchange.slices * exchange.H_pad % exchange.BLOCK_K == 0
+        assert 0 < plan.H <= exchange.programs * exchange.BLOCK_H <= exchange.H_pad
+        assert not plan.solo and floor_kernels.form_of(plan).H_PAD == exchange.H_pad
         row = exchange.slices * exchange.H_pad * (4 if exchange.dtype == "fp32" else 2)
         step = exchange.turns * exchange.groups * exchange.rows * row
         assert step * floor_kernels.LEAST_STEPS < 2**28
@@ -307,21 +331,23 @@ class FakeClock:
 @BARRIER
 def test_a_step_is_the_difference_of_a_long_launch_and_a_short_one(monkeypatch, barrier, turns):
     """Each launch finds that nothing has arrived, and nobody; what it leaves are other bits."""
-    exchange, launched = FORWARD._replace(groups=3, rows=5, slices=3, turns=turns), []
+    launched = []
+    exchange = FORWARD._replace(programs=31, groups=3, rows=5, slices=3, turns=turns)
 
     def exchange_alone(y, arrived, *rest):
         launched.append(tuple(y.shape))
-        assert y.dtype == BF16 and (y.view(torch.int16) == -1).all()
+        bits = y.view(torch.int16)
+        assert y.dtype == BF16 and (bits[..., :496] == -1).all() and not bits[..., 496:].any()
         assert arrived.dtype == torch.int32 and arrived.shape == (3, 32) and not arrived.any()
         assert rest == (exchange, "the plan", barrier)
-        y.zero_()
+        y.fill_(2)
         arrived += 1
 
     monkeypatch.setattr(floor_kernels, "exchange_alone", exchange_alone)
     monkeypatch.setattr(floor_kernels, "MOST_STEPS", 10)
     monkeypatch.setattr(floor_kernels, "LEAST_STEPS", 10)
     got = floor_kernels.measure_exchange(exchange, "the plan", CPU, FakeClock(), barrier=barrier)
-    assert launched == [(2 * turns, 3, 5, 1536), (10 * turns, 3, 5, 1536)] * (1 + 3 + 9)
+    assert launched == [(2 * turns, 3, 5, 3, 512), (10 * turns, 3, 5, 3, 512)] * (1 + 3 + 9)
     # The n-th round calls: reset, short, reset, long.
     assert got == [((4 * n + 4) ** 2 - (4 * n + 2) ** 2) / 8 for n in range(3, 12)]
 
@@ -360,17 +386,25 @@ def test_a_launch_is_cooperative(monkeypatch):
             return lambda *args, **kwargs: launched.update(kwargs, grid=grid, args=args)
 
     monkeypatch.setattr(floor_kernels, "_exchange_kernel", Kernel())
-    plan = make_plan(512, BLOCK_K=256)
+    plan = make_plan(500, u_shared=1)
     y = torch.empty(70, 1)
     floor_kernels.exchange_alone(y, "counters", FORWARD._replace(groups=3, slices=3), plan, True)
     assert launched.pop("args") == (
-        y, "counters", launch.error_flag(CPU), 70, 16, launch.wait_limit(70)
+        y, "counters", launch.error_flag(CPU), 70, 16, launch.WAIT_POLLS
     )  # fmt: skip
     assert launched == {
-        "grid": (32, 3, 1), "H_PAD": 512, "BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 256,
-        "SPLIT_K": 8, "SPIN": 16, "SLICES": 3, "BARRIER": True, "num_warps": 8, "num_stages": 1,
-        "enable_fp_fusion": True, "launch_cooperative_grid": True,
+        "grid": (32, 3, 1), "FORM": floor_kernels.form_of(plan), "SLICES": 3, "BARRIER": True,
+        "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True, "launch_cooperative_grid": True,
     }  # fmt: skip
+
+
+def test_what_does_not_matter_for_an_exchange_is_not_compiled_in():
+    """Its form is that of the library's kernel, but for the units of H and where U is."""
+    plan = make_plan(500, u_shared=1)
+    form = floor_kernels.form_of(plan)
+    assert form == floor_kernels.form_of(make_plan(512, D=2, rows=3, batch_programs=1))
+    own = launch.compile_time(plan, tf32=True)["FORM"]
+    assert form == replace(own, H=512, U_SHARED=2)
 
 
 def test_constants_from_times(monkeypatch):
@@ -456,7 +490,7 @@ def test_what_is_written_is_what_floors_need(known_plans, monkeypatch, tmp_path)
     rows = read(path)[len(constants) :]
     assert [row["name"] for row in rows] == ["exchange", "barrier"] + ["exchange"] * 3
     assert ",".join(list(rows[1].values())[FACTS.index("date") + 1 :]) == (
-        "barrier,bf16,32,1,16,16,16,256,512,1,1,100.0,100.0,100.0,us"
+        "barrier,bf16,32,1,16,latency,False,16,16,8,512,2,1,1,100.0,100.0,100.0,us"
     )
     assert all(row["sm"] == "toy" and row["date"] for row in rows)
 
@@ -485,29 +519,42 @@ def test_an_exchange_that_gave_up_costs_the_others_nothing(known_plans, monkeypa
 
 # The kernels, executed
 
-T, GROUPS, PROGRAMS, ROWS, H_PAD = 5, 2, 4, 3, 64
+T, GROUPS, PROGRAMS, ROWS = 5, 2, 3, 3
+LATENCY = LaunchPlan(
+    H=48, D=1, bits=32, H_pad=64, BLOCK_H=16, BLOCK_B=8, num_warps=4, shared_bytes=0, split=True,
+    rows=ROWS,
+)  # fmt: skip
+LARGE = replace(LATENCY, H=1024, H_pad=1024, num_warps=8, chunks=4)
+TWO_CHUNKS = replace(LATENCY, bits=16, H_pad=128, BLOCK_B=16, num_warps=2, chunks=2, newer=False)
+STAGED = LaunchPlan(
+    H=192, D=1, bits=16, H_pad=256, BLOCK_H=64, BLOCK_B=16, num_warps=4, shared_bytes=0, chunks=4,
+    stages=2, u_shared=4, rows=ROWS,
+)  # fmt: skip
+WGMMA = replace(STAGED, wgmma=True)
+WIDE = replace(STAGED, H=96, bits=32, H_pad=128, BLOCK_H=32, BLOCK_B=32)
 
 
-def exact(y, BLOCK_B):
-    """What the kernel stores into y [T, groups, rows, slices, H_PAD]: a unit's own number, counted
-    through all rows and groups, and one more for each tile."""
+def exact(y, BLOCK_B, units):
+    """What the kernel stores into y [T, groups, rows, slices, H_pad]: a unit's own number, counted
+    through all rows and groups, and one more for each tile; and 0 in the padding."""
     t, group, row, s, h = torch.meshgrid(*map(torch.arange, y.shape), indexing="ij")
-    return (group * BLOCK_B + row) * y.shape[-1] + h + t * y.shape[-2] + s
+    numbers = (group * BLOCK_B + row) * y.shape[-1] + h + t * y.shape[-2] + s
+    return numbers.where(h < units, 0)
 
 
-def hand_over(dtype, slices, BLOCK_K, emulator, *, barrier):
-    """Run the kernel over T steps: y [T, GROUPS, ROWS, slices, H_PAD], and what it has to be."""
-    plan = make_plan(H_PAD, BLOCK_K=BLOCK_K, WARPS=BLOCK_K // 16)
-    y = unwritten(T, GROUPS, ROWS, slices, H_PAD, like=torch.empty(0, dtype=dtype))
+def hand_over(dtype, slices, plan, emulator, *, barrier):
+    """Run the kernel over T steps: y [T, GROUPS, ROWS, slices, H_pad], and what it has to be."""
+    y = unwritten(T, GROUPS, ROWS, slices, plan.H_pad, H=plan.H, like=torch.empty(0, dtype=dtype))
     exchange = Exchange(
-        "", PROGRAMS, GROUPS, ROWS, plan.BLOCK_H, plan.BLOCK_B, plan.BLOCK_K, H_PAD, slices, 1
-    )
+        "", PROGRAMS, GROUPS, ROWS, plan.regime, plan.wgmma, plan.BLOCK_H, plan.BLOCK_B,
+        plan.num_warps, plan.H_pad, plan.chunks, slices, 1,
+    )  # fmt: skip
     arrived = torch.zeros(GROUPS, 32, dtype=torch.int32)
     with emulator:
         floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)
     launch.raise_if_failed(y.device)
     assert arrived[:, 0].tolist() == [PROGRAMS * T * barrier] * GROUPS
-    return y, exact(y, plan.BLOCK_B)
+    return y, exact(y, plan.BLOCK_B, plan.H)
 
 
 def exchange_emulator(**how):
@@ -518,24 +565,52 @@ def exchange_emulator(**how):
 @BARRIER
 @SLICES
 @pytest.mark.parametrize(
-    ("sm", "dtype", "BLOCK_K"), [(90, FP32, 64), (80, FP16, 32)], ids=["fp32", "fp16, two chunks"]
+    ("sm", "dtype", "plan"),
+    [
+        pytest.param(90, FP32, LATENCY, id="latency, fp32"),
+        pytest.param(80, FP16, TWO_CHUNKS, id="latency, two chunks"),
+        pytest.param(90, BF16, STAGED, id="throughput"),
+        pytest.param(90, BF16, WGMMA, id="throughput, wgmma"),
+        pytest.param(80, FP32, replace(WIDE, newer=False), id="throughput, fp32"),
+    ],
 )
-def test_right_values_are_handed_over(sm, dtype, BLOCK_K, slices, barrier):
+def test_right_values_are_handed_over(sm, dtype, plan, slices, barrier):
     for seed in range(4):
         emulator = exchange_emulator(sm=sm, seed=seed)
-        y, right = hand_over(dtype, slices, BLOCK_K, emulator, barrier=barrier)
-        assert not emulator.faults and torch.equal(y.float(), right.float())
+        y, right = hand_over(dtype, slices, plan, emulator, barrier=barrier)
+        assert not emulator.faults and torch.equal(y, right.to(dtype))
         # No program of a group begins a step before all of the step before was stored.
-        turns = emulator.stored_at.transpose(0, 1).flatten(2)
+        turns = emulator.stored_at[..., : plan.H].transpose(0, 1).flatten(2)
         assert (turns[:, 1:].amin(2) > turns[:, :-1].amax(2)).all()
+
+
+def look_once(ptx):
+    """Waits that take what they find: the first jump out of each is always taken."""
+    return re.sub(r"@p bra DONE;(?=\nadd.u32 i, i, 1;\nand)", "bra DONE;", ptx)
 
 
 @EMULATED
 @BARRIER
-def test_missing_program_is_reported(barrier):
+def test_at_a_barrier_there_is_nothing_left_to_be_awaited(barrier):
+    """Without waits, programs keep together by the barrier alone."""
+    together = []
+    for seed in range(4):
+        emulator = exchange_emulator(seed=seed, mutate=look_once)
+        hand_over(FP32, 1, LATENCY, emulator, barrier=barrier)
+        turns = emulator.stored_at[..., : LATENCY.H].transpose(0, 1).flatten(2)
+        together += (turns[:, 1:].amin(2) > turns[:, :-1].amax(2)).flatten().tolist()
+    assert all(together) == barrier
+
+
+@EMULATED
+@BARRIER
+@pytest.mark.parametrize(
+    ("dtype", "plan"), [(FP32, LATENCY), (BF16, STAGED)], ids=["latency", "throughput"]
+)
+def test_missing_program_is_reported(dtype, plan, barrier):
     emulator = exchange_emulator(missing=PROGRAMS + 2)
     with pytest.raises(launch.ExchangeTimeout):
-        hand_over(FP32, 1, 64, emulator, barrier=barrier)
+        hand_over(dtype, 1, plan, emulator, barrier=barrier)
     assert [fault for fault in emulator.faults if "x no progress: " not in fault] == []
 
 
@@ -549,15 +624,14 @@ def compiled(kernel, sm, types, constants, num_warps):
     pointers = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
     }
-    source = ASTSource(kernel, signature, constants, pointers)
+    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make_source(kernel, signature, constants, pointers)
     options = {"num_warps": num_warps, **launch.compile_options()}
     asm = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        sass = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
+        sass = run_tool("nvdisasm", "-c", cubin.name)
     lines, labels, loops = sass.splitlines(), {}, []
     for i, line in enumerate(lines):
         if label := re.match(r"(\.L\w+):", line):
@@ -568,20 +642,15 @@ def compiled(kernel, sm, types, constants, num_warps):
     return asm["ptx"], sass, loops
 
 
-def compiled_exchange(sm, dtype, H, B, slices, barrier):
-    plan = plan_launch(
-        TARGETS[sm], B=B, H=H, D=1, itemsize=dtype.itemsize, backward=slices == 3, textbook=False
-    )
+def compiled_exchange(sm, dtype, plan, slices, barrier):
     types = {
         "y_ptr": "*" + ELEMENT[dtype], "arrived_ptr": "*i32", "error_ptr": "*i32", "T": "i32",
-        "rows": "i32", "wait_limit": "i64",
+        "rows": "i32", "wait_limit": "i32",
     }  # fmt: skip
-    constants = {
-        "H_PAD": plan.H_pad, "BLOCK_H": plan.BLOCK_H, "BLOCK_B": plan.BLOCK_B,
-        "BLOCK_K": plan.BLOCK_K, "SPLIT_K": plan.SPLIT_K, "SPIN": plan.spin, "SLICES": slices,
-        "BARRIER": barrier,
-    }  # fmt: skip
-    return plan, *compiled(floor_kernels._exchange_kernel, sm, types, constants, plan.num_warps)
+    form = floor_kernels.form_of(plan)
+    constants = {"FORM": form, "SLICES": slices, "BARRIER": barrier}
+    kernel = floor_kernels._exchange_kernel
+    return form, *compiled(kernel, sm, types, constants, plan.num_warps)
 
 
 def places(pattern, text):
@@ -591,49 +660,57 @@ def places(pattern, text):
 @BARRIER
 @SLICES
 @pytest.mark.parametrize(
-    ("sm", "dtype", "H", "B"),
-    [(90, BF16, 1024, 16), (90, BF16, 1536, 64), (90, FP32, 256, 8), (80, BF16, 768, 16)],
+    ("sm", "dtype", "plan"),
+    [
+        pytest.param(90, FP32, LARGE, id="latency, fp32"),
+        pytest.param(80, FP16, TWO_CHUNKS, id="latency, two chunks"),
+        pytest.param(90, BF16, STAGED, id="throughput"),
+        pytest.param(90, FP32, WIDE, id="throughput, fp32"),
+    ],
 )
-def test_the_loop_is_stores_and_waits(sm, dtype, H, B, slices, barrier):
-    plan, _, sass, loops = compiled_exchange(sm, dtype, H, B, slices, barrier)
+def test_the_loop_is_stores_and_waits(sm, dtype, plan, slices, barrier):
+    form, _, sass, loops = compiled_exchange(sm, dtype, plan, slices, barrier)
     assert not re.search(r"\b(LDL|STL|HMMA|HGMMA|FFMA|LDS|STS)\b", sass)
     steps = max(loops, key=len)
-    vectors = slices * plan.H_pad // plan.BLOCK_K * plan.spin * dtype.itemsize // 16
-    # First tries and polls, of 16 bytes; there are no others outside of the loop.
-    for strength in ("SYS", "GPU"):
-        loads = rf"LDG\.E\.128\.STRONG\.{strength}\b"
-        assert len(places(loads, steps)) == len(places(loads, sass)) == vectors
-    # Each poll is in a loop of its own, with the clock that ends it.
+    tiles = slices * form.CHUNKS
+    looks = places(r"LDG\.E\.128\.STRONG\.GPU\b", steps)
+    # All tiles are polled at once, or each in a loop of its own; all of these but the first have
+    # been begun before. There is nothing of it outside of the time loop.
     polling = [loop for loop in loops if loop is not steps and "LDG.E.128.STRONG.GPU" in loop]
-    assert len(polling) == slices * plan.H_pad // plan.BLOCK_K
-    assert all("SR_GLOBALTIMERLO" in loop for loop in polling)
-    gives_up = r"STG\.E\.STRONG\.SYS\b"
-    assert len(places(gives_up, sass)) == len(polling) + barrier
-    # The slices are stored before the first look. No thread goes on to the next step's before all
-    # of its program have seen all of the tile.
-    stores = places(r"STG\.E(\.U16|\.64|\.128)? ", steps)
-    assert stores and max(stores) < min(places(r"LDG\.E\.128", steps))
-    assert places(r"STG\.E(\.U16|\.64|\.128)? ", sass[sass.index(steps) + len(steps) :]) == []
+    at_once, waits, begun = (1, tiles, tiles - 1) if form.STAGES else (tiles, 1, 0)
+    polled = [len(places(r"LDG\.E\.128\.STRONG\.GPU\b", loop)) for loop in polling]
+    assert polled == [at_once * form.VECTORS] * waits
+    assert len(looks) == sum(polled) + begun * form.VECTORS == len(places(r"LDG\.E\.128", sass))
+    # Each can give up, and sees whether another one did.
+    assert all(re.search(r"LDG\.E\.STRONG\.SYS\b", loop) for loop in polling)
+    assert len(places(r"STG\.E\.STRONG\.SYS\b", sass)) == waits + barrier
+    # The slices are stored before the first look, each element once, of 16 bits as pairs where a
+    # thread has neighbours. No thread goes on to the next step's before all of its program have
+    # seen all of the tile.
+    stores = places(r"STG\.E(\.U16)?\.STRONG\.GPU\b", steps)
+    of_thread = form.BLOCK_H * form.BLOCK_B // (32 * form.WARPS * (2 if form.PAIRS else 1))
+    assert len(stores) == slices * max(1, of_thread)
+    assert max(stores) < min(looks) and len(places(r"STG\.E.*\.GPU\b", sass)) == len(stores)
     barriers = places(r"BAR\.SYNC", steps)
-    assert len([b for b in barriers if b > max(places(r"LDG\.E\.128", steps))]) == 1
+    assert len([b for b in barriers if b > max(looks)]) == 1
     assert len(barriers) == (3 if barrier else 1)
 
 
 @SLICES
 @pytest.mark.parametrize("sm", [90, 80])
 def test_a_barrier_releases_what_was_stored_and_acquires_what_is_loaded(sm, slices):
-    _, ptx, _, _ = compiled_exchange(sm, BF16, 512, 16, slices, True)
-    order = r"st\.global|bar\.sync|atom\S+|ld\.acquire\S+|ld\.volatile|ld\.relaxed"
+    _, ptx, _, _ = compiled_exchange(sm, FP32, LATENCY, slices, True)
+    order = r"st\.relaxed\.gpu|bar\.sync|atom\S+|ld\.acquire\S+|ld\.relaxed\.gpu"
     found = re.findall(order, ptx)
-    first_look = found.index("ld.volatile")
+    first_look = found.index("ld.relaxed.gpu")
     assert found[:first_look] == [
-        *["st.global"] * slices,
+        *["st.relaxed.gpu"] * slices,
         "bar.sync",  # all threads have stored
         "atom.global.gpu.release.add.u32",
         "ld.acquire.gpu.global.b32",
         "bar.sync",  # and none loads before all have arrived
     ]
-    assert set(found[first_look:-1]) == {"ld.volatile", "ld.relaxed"}
+    assert set(found[first_look:-1]) == {"ld.relaxed.gpu"}
     assert found[-1] == "bar.sync"
 
 
@@ -676,11 +753,12 @@ def test_right_values_are_handed_over_on_a_device(slices, barrier):
     limits = floor_kernels.device_limits(device)
     plan = floors.plan_of(GROUP, slices == 3, limits)
     exchange = floors.exchange_of(plan, GROUP, slices == 3)
+    units = exchange.programs * exchange.BLOCK_H
     shape = 50, exchange.groups, exchange.rows, slices, plan.H_pad
     y = torch.empty(shape, dtype=BF16, device=device)
     arrived = torch.empty(exchange.groups, 32, dtype=torch.int32, device=device)
-    floor_kernels.reset(y, arrived)
+    floor_kernels.reset(y, arrived, units)
     floor_kernels.exchange_alone(y, arrived, exchange, plan, barrier)
     torch.cuda.synchronize()
     launch.raise_if_failed(y.device)
-    assert torch.equal(y.cpu(), exact(y, plan.BLOCK_B).float().to(BF16))
+    assert torch.equal(y.cpu(), exact(y, plan.BLOCK_B, units).float().to(BF16))

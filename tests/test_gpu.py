@@ -103,7 +103,7 @@ def test_a_missing_program_ends_in_an_error(monkeypatch):
             return groups - 1, tiles, directions
 
     short = Short(**{f: getattr(real, f) for f in real.__dataclass_fields__})
-    monkeypatch.setattr(launch, "WAIT_SECONDS", 2.2)
+    monkeypatch.setattr(launch, "WAIT_POLLS", 6_000_000)
     inputs, _ = problem(20, 16, 1, 512, textbook=False, dtype=BF16, device=DEVICE)
     y, *_ = forward.gru_forward(**inputs, **WALK, save=False, plan=short)
     torch.cuda.synchronize()

@@ -38,46 +38,48 @@ def publish(ptrs, value, mask, FORM: gl.constexpr):
     if FORM.SOLO:
         gl.store(ptrs, v, mask=mask)
     elif FORM.BITS == 32:
-        asm: gl.constexpr = """{
-            .reg .pred p; .reg .b32 v;
-            min.u32 v, $2, 0xFFFFFFFE;
-            setp.ne.b32 p, $3, 0;
-            @p st.relaxed.gpu.global.b32 [$1], v;
-            mov.b32 $0, 0;
-        }"""
         gl.inline_asm_elementwise(
-            asm, "=r,l,r,r",
+            _publish_asm(FORM), "=r,l,r,r",
             [ptrs.to(gl.int64), v.to(gl.int32, bitcast=True), mask.to(gl.int32)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     elif FORM.PAIRS:
-        asm_pairs: gl.constexpr = """{
-            .reg .pred p; .reg .b16 a, b; .reg .b32 v;
-            mov.b32 {a, b}, $4;
-            min.u16 a, a, 0xFFFE;
-            min.u16 b, b, 0xFFFE;
-            mov.b32 v, {a, b};
-            setp.ne.b32 p, $5, 0;
-            @p st.relaxed.gpu.global.b32 [$2], v;
-            mov.b32 $0, 0; mov.b32 $1, 0;
-        }"""
         gl.inline_asm_elementwise(
-            asm_pairs, "=r,=r,l,l,r,r,r", [ptrs.to(gl.int64), v, mask.to(gl.int32)],
+            _publish_asm(FORM), "=r,=r,l,l,r,r,r", [ptrs.to(gl.int64), v, mask.to(gl.int32)],
             dtype=gl.int32, is_pure=False, pack=2,
         )  # fmt: skip
     else:
-        asm_one: gl.constexpr = """{
-            .reg .pred p; .reg .b16 v;
-            min.u16 v, $2, 0xFFFE;
-            setp.ne.b32 p, $3, 0;
-            @p st.relaxed.gpu.global.b16 [$1], v;
-            mov.b32 $0, 0;
-        }"""
         gl.inline_asm_elementwise(
-            asm_one, "=r,l,h,r",
+            _publish_asm(FORM), "=r,l,h,r",
             [ptrs.to(gl.int64), v.to(gl.int16, bitcast=True), mask.to(gl.int32)],
             dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _publish_asm(form):
+    """PTX for one thread: store its element, or pair of them, where the mask is not 0."""
+    if form.BITS == 32:
+        out, ptr, mask, size = "mov.b32 $0, 0;", "$1", "$3", 32
+        value = ".reg .b32 v; min.u32 v, $2, 0xFFFFFFFE;"
+    elif form.PAIRS:
+        out, ptr, mask, size = "mov.b32 $0, 0; mov.b32 $1, 0;", "$2", "$5", 32
+        value = """.reg .b16 a, b; .reg .b32 v; mov.b32 {a, b}, $4;
+            min.u16 a, a, 0xFFFE; min.u16 b, b, 0xFFFE; mov.b32 v, {a, b};"""
+    else:
+        out, ptr, mask, size = "mov.b32 $0, 0;", "$1", "$3", 16
+        value = ".reg .b16 v; min.u16 v, $2, 0xFFFE;"
+    test = f"setp.ne.b32 p, {mask}, 0;"
+    if form.REPLICAS > 1:  # assembly runs in each of them, which a store of Triton's would not
+        first = 32 * form.WARPS // form.REPLICAS
+        test += f""" .reg .pred q; .reg .b32 t;
+            mov.u32 t, %tid.x; setp.lt.u32 q, t, {first}; and.pred p, p, q;"""
+    return f"""{{
+        .reg .pred p; {value}
+        {test}
+        @p st.relaxed.gpu.global.b{size} [{ptr}], v;
+        {out}
+    }}"""
 
 
 @gluon.jit

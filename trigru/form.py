@@ -216,6 +216,10 @@ class Form:
             [[1, 0], [0, 1], *registers], lanes, warps, [], [self.BLOCK_H, self.BLOCK_B]
         )
 
+    # How many warps hold the same elements of `out`.
+    REPLICAS = property(
+        lambda self: max(1, 2 * self.WARPS // self.BLOCK_B) if self.SPLIT_K > 1 else 1
+    )
     PAIRS = property(lambda self: self.SPLIT_K == 1 and self.BITS == 16)  # neighbours, in `out`
     PER_WORD = property(
         lambda self: 2 if self.PAIRS and not self.ODD else 1
@@ -247,3 +251,14 @@ class Form:
         if self.WGMMA:
             return 6 | (self.BLOCK_B - self.BLOCK_B // self.along_rows)
         return 6 | 8 * (self.along_rows - 1)
+
+
+# Gluon is experimental. Names that it has changed must show when the library is imported, which
+# then does without kernels, and not at the first launch.
+for _form in (
+    Form(16, 16, 16, 8, 1, 16, SOLO=True),
+    Form(128, 128, 16, 8, 4, 16, SPLIT_K=4),
+    Form(64, 64, 64, 16, 4, 16, STAGES=2, U_SHARED=1, WGMMA=True),
+):
+    for _layout in ("A", "B", "u_loaded", "u_shared", "waited", "stage", "state", "part", "out"):
+        getattr(_form, _layout)

@@ -30,8 +30,8 @@ else:
         from . import backward, forward
 
         WITHOUT_KERNELS = ""
-    except ImportError as error:  # Gluon is experimental: a later Triton may have other names
-        WITHOUT_KERNELS = f"the kernels do not go with the Triton that is installed: {error}"
+    except Exception as error:  # Gluon is experimental: another Triton may have other names
+        WITHOUT_KERNELS = f"the kernels do not go with the Triton that is installed: {error!r}"
 
 VARIANTS = ("torch", "textbook")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -79,6 +79,8 @@ def awaited_rows(last, FORM: gl.constexpr):
 @gluon.jit
 def awaited_offsets(rows, STRIDE_ROW: gl.constexpr, FORM: gl.constexpr):
     """[SPLIT_K, K, BLOCK_B], of the first chunk of an awaited tile."""
+    if STRIDE_ROW * FORM.BLOCK_B >= 2**31:
+        rows = rows.to(gl.int64)
     L: gl.constexpr = FORM.waited
     part = gl.arange(0, FORM.SPLIT_K, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     k = memory_k(gl.arange(0, FORM.K, gl.SliceLayout(0, gl.SliceLayout(2, L))), FORM)

@@ -15,7 +15,7 @@ from .run import MAX_INSTRUCTIONS, Buffer, Result, run
 
 BASE, GUARD = 0x7F00_0000_0000, 1 << 20  # device addresses: made up, with gaps between tensors
 INTEGER = {2: torch.int16, 4: torch.int32}
-# After how many polls a wait gives up: here programs may be very late; but not those that never come.
+# After how many polls a wait gives up. Programs may be very late here; some never come.
 POLLS, POLLS_IN_VAIN = 100_000, 200
 KERNELS = ((forward, "_gru_forward_kernel"), (backward, "_gru_backward_kernel"))
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +21,30 @@ from trigru import launch
 from .cases import Case, what_is_wrong
 
 ROOT = Path(__file__).parents[2]
-GROUP = Case(90, "bf16", False, 29, 17, 4, 3, "group")
-SCHEDULES = Case(90, "bf16", False, 200, 17, 4, 3)  # with stores of single halves
-OLD_GROUP = Case(80, "bf16", False, 29, 17, 4, 3, "group")
-TF32_GROUP = Case(90, "tf32", False, 29, 5, 4, 3, "group")
-SOLO = Case(90, "bf16", False, 21, 17, 4, 3, "solo")
-WGMMA = Case(90, "bf16", False, 64, 17, 4, 3, "solo")
-WGMMA_TF32 = Case(90, "tf32", False, 64, 5, 4, 3, "solo")
-NAN = Case(90, "bf16", False, 29, 5, 4, 3, "group", poison="nan", where="h0")
-NAN_TF32 = Case(90, "tf32", False, 29, 5, 4, 3, "group", poison="nan", where="h0")
-PACKED = Case(90, "bf16", False, 29, 20, 5, 3, "group", lengths=(5, 4, 4) + (2,) * 17)
-FAR = Case(90, "bf16", False, 29, 5, 3, 3, "group", far=10**8)
-MAX_INSTRUCTIONS = 5 * 10**6  # a mutant may never end
+LATENCY = Case(90, "bf16", False, 29, 9, 4, 3, "latency")
+CHUNKS = Case(90, "bf16", False, 200, 9, 4, 3, "latency")
+OLD = Case(80, "bf16", False, 29, 9, 4, 3, "latency")
+TF32 = Case(90, "tf32", False, 29, 5, 4, 3, "latency")
+EXACT = Case(80, "ieee", False, 29, 5, 4, 3, "latency")
+SOLO = Case(90, "bf16", False, 22, 17, 4, 3, "solo")
+SOLO_WGMMA = Case(90, "bf16", False, 60, 17, 4, 3, "solo wgmma")
+STAGED = Case(90, "bf16", False, 140, 17, 4, 3, "throughput")
+WGMMA = Case(90, "bf16", False, 140, 17, 4, 3, "throughput wgmma")
+KINDS = (LATENCY, OLD, TF32, SOLO, SOLO_WGMMA, STAGED, WGMMA)
+PACKED = Case(90, "bf16", False, 29, 9, 5, 3, "latency", lengths=(5, 4, 4) + (2,) * 6)
+FAR = Case(90, "bf16", False, 29, 5, 3, 3, "latency", far=10**8)
+
+
+def nan(case: Case) -> Case:
+    """One sequence begins with the sentinel's bits."""
+    return replace(case, B=5, poison="nan", where="h0")
+
+
+def inf(case: Case) -> Case:
+    return replace(case, B=5, poison="inf", where="h0")
+
+
+MAX_INSTRUCTIONS = 10**6  # a mutant may never end
 
 Mutate = Callable[[str], str]
 
@@ -81,269 +93,466 @@ BARRIER = r"\tbar\.sync \t0;"
 LEAVES = "mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 7; @%p1 ret; bar.sync 0;"
 AROUND = "mov.u32 %r1, %warpid; setp.eq.u32 %p1, %r1, 1; @%p1 bra SKIP; bar.sync 0; SKIP:"
 NUMBERS = "relative error"
+NANS = "NaN than in float64"
 STRAY = f"racecheck|memcheck|initcheck|stored twice|never written|{NUMBERS}"
+FOREVER = "no progress|too many instructions"
 PTX = [
     # The exchange's protocol
     Mutant(
-        "canonical NaN: none",
-        NAN,
-        sub(r"min\.u16(x2)? (\s*\S+), (\s*\S+), [^;]+;", r"mov.b32 \2, \3;"),
+        "canonical NaN: none, of 16 bits",
+        nan(LATENCY),
+        sub(r"min\.u16 v, (\S+), 0xFFFE;", r"mov.b16 v, \1;"),
         "sentinel is stored",
     ),
     Mutant(
-        "canonical NaN: none, float32",
-        NAN_TF32,
-        sub(r"min\.u32 (\s*\S+), (\s*\S+), -2;", r"mov.b32 \1, \2;"),
+        "canonical NaN: none, of the first of a pair",
+        nan(STAGED),
+        sub(r"min\.u16 a, a, 0xFFFE;", ""),
         "sentinel is stored",
     ),
     Mutant(
-        "wait: polls are plain loads",
-        GROUP,
+        "canonical NaN: none, of the second of a pair",
+        nan(STAGED),
+        sub(r"min\.u16 b, b, 0xFFFE;", ""),
+        "sentinel is stored",
+    ),
+    Mutant(
+        "canonical NaN: none, of 32 bits",
+        nan(TF32),
+        sub(r"min\.u32 v, (\S+), 0xFFFFFFFE;", r"mov.b32 v, \1;"),
+        "sentinel is stored",
+    ),
+    Mutant(
+        "publish: rows that are not there",
+        LATENCY,
+        sub(r"@p st\.relaxed\.gpu", "st.relaxed.gpu"),
+        "out of bounds|two threads|stored twice",
+    ),
+    Mutant(
+        "publish: one of a pair",
+        STAGED,
+        sub(r"st\.relaxed\.gpu\.global\.b32 (\S+), v", r"st.relaxed.gpu.global.b16 \1, a"),
+        FOREVER,
+    ),
+    Mutant(
+        "wait: loads are plain",
+        LATENCY,
         sub(r"ld\.relaxed\.gpu\.global", "ld.global"),
         "no progress|weak load",
     ),
+    Mutant("wait: leaves at once", LATENCY, sub(r"@p bra DONE;", "bra DONE;"), NUMBERS),
+    Mutant("wait: leaves at once, of stages", STAGED, sub(r"@p bra DONE;", "bra DONE;"), NUMBERS),
+    Mutant("wait: what was begun is not looked at", STAGED, sub("bra TEST;", "bra DONE;"), NUMBERS),
+    Mutant("wait: gives up at once", LATENCY, sub(r"@p bra TRY;", ""), "gave up"),
     Mutant(
-        "wait: all loads are plain",
-        GROUP,
-        sub(r"ld\.(relaxed\.gpu|volatile)\.global", "ld.global"),
-        "no progress|weak load",
+        "wait: gives up in silence",
+        replace(LATENCY, B=5, missing=True),
+        sub(r"st\.relaxed\.sys\.global[^;]*;", ""),
+        "no ExchangeTimeout",
     ),
-    Mutant("wait: leaves at once", GROUP, sub(r"@!?\w+ bra DONE;", "bra DONE;"), NUMBERS),
-    Mutant("wait: gives up at once", GROUP, sub(r"@\w+ bra TRY;", ""), "gave up"),
+    Mutant("wait: looks at upper halves only", CHUNKS, sub("0x80008000", "0x80000000"), NUMBERS),
+    Mutant("wait: looks at lower halves only", CHUNKS, sub("0x80008000", "0x00008000"), NUMBERS),
     Mutant(
-        "wait: looks at upper halves only",
-        SCHEDULES,
-        sub(r"0x80008000", "0x80000000"),
-        f"{NUMBERS}|other bits",
-    ),
-    Mutant(
-        "wait: looks at no word but the first", GROUP, sub(r"lop3\.b32 a, t, [^;]*;", ""), NUMBERS
+        "wait: looks at two words of four",
+        CHUNKS,
+        sub(r"max\.u16x2 b, [^;]*;", "mov.b32 b, 0;"),
+        NUMBERS,
     ),
     Mutant(
-        "wait: an endless loop",
-        GROUP,
-        sub(r"@!?\w+ bra DONE;", "bra TRY;", 1),
-        "no progress|too many instructions",
+        "wait: looks at one word, sm_80",
+        replace(CHUNKS, sm=80),
+        sub(r"lop3\.b32 a, b,[^;]*;", ""),
+        NUMBERS,
     ),
+    Mutant(
+        "wait: looks at two words, float32",
+        replace(TF32, H=100, B=9),
+        sub(r"max\.u32 a, a, [^;]*;", ""),
+        NUMBERS,
+    ),
+    Mutant("wait: an endless loop", LATENCY, sub(r"@p bra DONE;", "bra TRY;", 1), FOREVER),
     # Barriers and fences
-    Mutant("barriers: none", GROUP, sub(BARRIER, ""), "racecheck"),
+    Mutant("barriers: none", LATENCY, sub(BARRIER, ""), "racecheck"),
     Mutant("barriers: none, solo", SOLO, sub(BARRIER, ""), "racecheck"),
-    Mutant("barriers: a thread leaves before one", GROUP, sub(BARRIER, LEAVES, 1, 3), "synccheck"),
+    Mutant("barriers: none, stages", STAGED, sub(BARRIER, ""), "racecheck"),
+    Mutant("barriers: none, wgmma", WGMMA, sub(BARRIER, ""), "racecheck"),
+    Mutant(
+        "barriers: a thread leaves before one", LATENCY, sub(BARRIER, LEAVES, 1, 1), "synccheck"
+    ),
     Mutant(
         "barriers: a branch around one",
-        GROUP,
-        sub(BARRIER, AROUND, 1, 3),
+        LATENCY,
+        sub(BARRIER, AROUND, 1, 1),
         "synccheck|racecheck|deadlock",
     ),
-    Mutant(
-        "fences: no proxy fence",
-        WGMMA,
-        sub(r"fence\.proxy\.async[^;]*;", ""),
-        "no fence.proxy.async",
-    ),
-    Mutant("fences: no wgmma.fence", WGMMA, sub(r"wgmma\.fence[^;]*;", ""), "no wgmma.fence"),
-    Mutant(
-        "fences: no wgmma.wait_group", WGMMA, sub(r"\twgmma\.wait_group[^;]*;", ""), "under way"
-    ),
-    Mutant(
-        "fences: one wgmma group is left under way",
-        WGMMA,
-        sub(r"(wgmma\.wait_group\S*\s+)0;", r"\g<1>1;"),
-        "under way",
+    *(
+        Mutant(f"fences: {name}, {case.form}", case, mutate, expected)
+        for case in (SOLO_WGMMA, WGMMA)
+        for name, mutate, expected in (
+            ("no proxy fence", sub(r"fence\.proxy\.async[^;]*;", ""), "no fence.proxy.async"),
+            ("no wgmma.fence", sub(r"wgmma\.fence[^;]*;", ""), "no wgmma.fence"),
+            ("no wgmma.wait_group", sub(r"\twgmma\.wait_group[^;]*;", ""), "under way"),
+            (
+                "two wgmma groups are left under way",
+                sub(r"(wgmma\.wait_group\S*\s+)0;", r"\g<1>2;"),
+                "under way",
+            ),
+        )
     ),
     # Layouts
     Mutant(
         "layouts: registers of A swapped",
-        GROUP,
+        LATENCY,
         sub(r"(mma\.sync.*?\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2"),
         NUMBERS,
     ),
     Mutant(
         "layouts: registers of B swapped",
-        GROUP,
+        LATENCY,
         sub(r"(mma\.sync.*?\}, \{.*?\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2"),
         NUMBERS,
     ),
     Mutant(
-        "layouts: registers of A swapped, wgmma",
-        WGMMA_TF32,
-        sub(r"(wgmma\.mma_async[^}]*\}, \{)(%r\d+),(%r\d+)", r"\1\3,\2"),
-        NUMBERS,
+        "layouts: B not transposed, wgmma",
+        SOLO_WGMMA,
+        sub(r"(wgmma\.mma_async.*, 1, 1, 0), 1;", r"\1, 0;"),
+        STRAY,
     ),
     Mutant(
-        "layouts: B not transposed, wgmma",
+        "layouts: B transposed, wgmma",
         WGMMA,
-        sub(r"(wgmma\.mma_async.*, 1, 1, 0), 1;", r"\1, 0;"),
+        sub(r"(wgmma\.mma_async.*, 1, 1, 0), 0;", r"\1, 1;"),
         STRAY,
     ),
     Mutant("layouts: wgmma's stride halved", WGMMA, _halve_strides, f"{STRAY}|aligned"),
     Mutant(
         "layouts: ldmatrix transposed",
-        OLD_GROUP,
+        STAGED,
         sub(r"(ldmatrix\.sync\.aligned\.m8n8\.x[24])\.shared", r"\1.trans.shared"),
         NUMBERS,
     ),
     Mutant(
-        "layouts: ldmatrix not transposed", GROUP, sub(r"(ldmatrix\.\S*)\.trans", r"\1"), NUMBERS
+        "layouts: ldmatrix not transposed", SOLO, sub(r"(ldmatrix\.\S*)\.trans", r"\1"), NUMBERS
+    ),
+    *(
+        Mutant(
+            f"layouts: stmatrix transposed, {case.form}",
+            case,
+            sub(r"(stmatrix\.sync\.aligned\.m8n8\.x[24])\.shared", r"\1.trans.shared"),
+            NUMBERS,
+        )
+        for case in (SOLO, SOLO_WGMMA)
     ),
     Mutant(
-        "layouts: stmatrix not transposed", WGMMA, sub(r"(stmatrix\.\S*)\.trans", r"\1"), NUMBERS
-    ),
-    Mutant(
-        "layouts: halves of a word swapped",
+        "layouts: halves of a word swapped when it is packed",
         SOLO,
         sub(r"(cvt\.rn\.bf16x2\.f32 \t%r\d+), (%r\d+), (%r\d+);", r"\1, \3, \2;"),
         NUMBERS,
     ),
     Mutant(
+        "layouts: halves of a word swapped when it is unpacked",
+        SOLO,
+        sub(
+            r"shl\.b32 (%r\d+), (%r\d+), 16; and\.b32 (%r\d+),", r"shl.b32 \3, \2, 16; and.b32 \1,"
+        ),
+        NUMBERS,
+    ),
+    Mutant(
         "layouts: a shared store elsewhere",
-        GROUP,
+        LATENCY,
         sub(r"(st\.shared\S* \t\[%r\d+)\]", r"\1+64]", 1),
+        STRAY,
+    ),
+    Mutant(
+        "layouts: a stage stored elsewhere",
+        STAGED,
+        sub(r"(st\.shared\.v4\S* \t\[%r\d+)\+(\d+)\]", r"\1+16+\2]", 1, 14),
         STRAY,
     ),
     # Masks, bounds, alignment
     Mutant(
         "bounds: a global load too far",
-        GROUP,
+        LATENCY,
         sub(r"(ld\.global\.\S+ [^\[]*\[ %rd\d+) \+ 0", r"\1 + 1048576"),
         "out of bounds",
     ),
     Mutant(
         "bounds: a shared store too far",
-        GROUP,
+        LATENCY,
         sub(r"(st\.shared\S+ \t\[%r\d+)[^\]]*\]", r"\1+232448]", 1),
         "shared access out of bounds",
     ),
     Mutant(
         "bounds: stores at odd addresses",
-        GROUP,
+        LATENCY,
         sub(r"(st\.global\.\S+ \[ %rd\d+) \+ 0", r"\1 + 1"),
         "misaligned",
     ),
     Mutant(
         "masks: stores are not masked",
-        GROUP,
+        LATENCY,
         sub(r"@%p\d+ (st\.global)", r"\1"),
         "out of bounds|two threads|stored twice",
     ),
     Mutant(
         "masks: loads are not masked",
-        GROUP,
+        LATENCY,
         sub(r"@%p\d+ (ld\.global)", r"\1"),
         "out of bounds|initcheck|weak load",
     ),
     # Arithmetic
     Mutant(
         "numbers: TF32 operands are cut off",
-        TF32_GROUP,
+        TF32,
         sub(r"cvt\.rna\.tf32\.f32 (\S+), (\S+);", r"mov.b32 \1, \2;"),
         NUMBERS,
     ),
     Mutant(
         "numbers: an exponential of the other sign",
-        GROUP,
-        sub(r"(ex2\.approx\S* \t%r\d+, )(%r\d+);", r"neg.f32 \2, \2;\n\t\g<1>\2;", 1),
+        LATENCY,
+        sub(r"(ex2\.approx\S* %r\d+, )(%r\d+);", r"neg.f32 \2, \2;\n\t\g<1>\2;", 1),
         NUMBERS,
     ),
     Mutant(
         "numbers: a sum forgets a part",
-        GROUP,
+        LATENCY,
         sub(r"add\.f32 \t(%r\d+), (%r\d+), (%r\d+);", r"mov.b32 \1, \2;", 1),
         NUMBERS,
     ),
 ]
 
-TWICE = """            publish(y_ptr + row * H_ROW + own, h_next, mask_row)
-            if SAVE:
-"""
+PUBLISH = "                    publish(y, h, mask, FORM)\n"
+SETTLE = "arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)"
+WAIT_WGMMA = "            if c > 0:\n                sums = wgmma_wait(sums)\n"
+CORRECTIONS = [
+    '        acc = mma_v2(remainder(a, a_high), b_finite, acc, input_precision="tf32")\n',
+    '        acc = mma_v2(a_high, remainder(b, b_high), acc, input_precision="tf32")\n',
+]
+MASK = "mask = mask_h[:, None] & (n_row < {})[None, :]"
 SOURCE = [
+    # Masks
     SourceMutant(
         "units' mask off by one",
-        GROUP,
+        LATENCY,
         "forward.py",
-        "mask_h = offs_h < H\n",
-        "mask_h = offs_h <= H\n",
+        "mask_h = unit < H\n",
+        "mask_h = unit <= H\n",
         STRAY,
     ),
     SourceMutant(
         "batch mask off by one",
-        GROUP,
+        LATENCY,
         "forward.py",
-        "in_batch = offs_b < (B",
-        "in_batch = offs_b <= (B",
+        MASK.format("real"),
+        MASK.format("real + 1"),
         "memcheck|racecheck|stored twice",
     ),
     SourceMutant(
         "running rows off by one",
         PACKED,
         "backward.py",
-        "(offs_b < running)[None, :]\n            mask_row",
-        "(offs_b <= running)[None, :]\n            mask_row",
+        MASK.format("end"),
+        MASK.format("end + 1"),
         "memcheck|racecheck|stored twice",
     ),
     SourceMutant(
-        "gates swapped",
-        GROUP,
+        "packed: rows that do not run overwrite the state",
+        PACKED,
         "forward.py",
-        "u_z = load_u(u_ptr + H_PAD",
-        "u_z = load_u(u_ptr + 2 * H_PAD",
+        "h = gl.where(mask, h, h_before)",
+        "h = h",
         NUMBERS,
     ),
     SourceMutant(
-        "the padding is not published",
-        GROUP,
-        "forward.py",
-        "own, h_next, mask_row)",
-        "own, h_next, mask)",
-        "no progress",
-    ),
-    SourceMutant(
-        "no canonical NaN",
-        NAN,
-        "exchange.py",
-        "tl.where(bits == -1, bits & ~1, bits)",
-        "bits",
-        "sentinel is stored",
-    ),
-    SourceMutant(
-        "the bias of n outside r",
-        GROUP,
-        "forward.py",
-        "n = tanh(a_n + r * gh_n)",
-        "n = tanh(a_n + r * (gh_n - b_n) + b_n)",
-        NUMBERS,
-    ),
-    SourceMutant(
-        "dh with the wrong part of z",
-        GROUP,
+        "packed: rows that do not run overwrite the gradient",
+        PACKED,
         "backward.py",
-        "dh = dh * z\n",
-        "dh = dh * (1 - z)\n",
+        "dh = gl.where(mask, dh, dh_later)",
+        "dh = dh",
         NUMBERS,
     ),
     SourceMutant(
-        "a state published twice",
-        GROUP,
+        "packed: rows that join are awaited where they have not been",
+        replace(PACKED, reverse=True),
         "forward.py",
-        "            if SAVE:\n",
-        TWICE,
-        "stored twice",
+        "gl.where(end < running_before, before, N + row0) + end",
+        "before + end",
+        f"{FOREVER}|{STRAY}",
+    ),
+    SourceMutant(
+        "an awaited tile is not cut at its last row",
+        replace(LATENCY, B=8),
+        "tiles.py",
+        "return gl.minimum(n, last)",
+        "return n",
+        f"{FOREVER}|{STRAY}",
+    ),
+    # Which row, which tile, which step
+    SourceMutant(
+        "gates swapped",
+        LATENCY,
+        "tiles.py",
+        "load_u(u_ptr + SQUARE",
+        "load_u(u_ptr + 2 * SQUARE",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "each batch tile's h0 in the same rows",
+        LATENCY,
+        "forward.py",
+        "before = N + row0 ",
+        "before = N ",
+        "two threads store",
+    ),
+    SourceMutant(
+        "a state published twice", LATENCY, "forward.py", PUBLISH, 2 * PUBLISH, "stored twice"
     ),
     SourceMutant(
         "row numbers of 32 bits",
         FAR,
         "tiles.py",
         "    return first + row0, ",
-        "    return (first + row0).to(tl.int32).to(tl.int64), ",
+        "    return (first + row0).to(gl.int32).to(gl.int64), ",
         "memcheck",
     ),
     SourceMutant(
-        "a chunk is not awaited",
-        GROUP,
+        "the state of two steps ago",
+        replace(LATENCY, B=5),
         "forward.py",
-        "state = settle(ahead, chunk, mask_operand, deadline, error_ptr, SPIN)",
-        "state = ahead",
+        "before = row\n",
+        "before = gl.where(i + half > 0, row - step * B, row)\n",
         NUMBERS,
+    ),
+    SourceMutant(
+        "the state of two steps ago, solo",
+        SOLO,
+        "forward.py",
+        "state = (states[half],)",
+        "state = (states[1 - half],)",
+        STRAY,
+    ),
+    SourceMutant(
+        "the gradients of the step before",
+        replace(LATENCY, B=5),
+        "backward.py",
+        "source = row_dgh + awaited_now",
+        "source = row_dgh - gl.where(i > 0, step * B, 0) * (D * 3 * H_ROW) + awaited_now",
+        NUMBERS,
+    ),
+    # Chunks and stages
+    SourceMutant(
+        "a chunk is not awaited",
+        STAGED,
+        "tiles.py",
+        f"{SETTLE}\n            begun = begun[1:]\n    return sums\n",
+        "arrived = begun[0]\n            begun = begun[1:]\n    return sums\n",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "a chunk is not awaited, wgmma", WGMMA, "tiles.py", SETTLE, "arrived = begun[0]", NUMBERS
+    ),
+    SourceMutant(
+        "a chunk's product is not added",
+        CHUNKS,
+        "tiles.py",
+        "sums[g] + multiply(u, tile, nil, FORM)",
+        "multiply(u, tile, nil, FORM)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "a chunk twice",
+        STAGED,
+        "exchange.py",
+        "offset = (first + t) * form.TILE_STRIDE",
+        "offset = min(first + t, 1) * form.TILE_STRIDE",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "one part of a split sum",
+        CHUNKS,
+        "tiles.py",
+        "part[:, None, None] * FORM.K + k[None, :, None]",
+        "0 * part[:, None, None] + k[None, :, None]",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "wgmma: a stage is overwritten while it is read",
+        replace(WGMMA, H=300),
+        "tiles.py",
+        WAIT_WGMMA,
+        "",
+        "under way|racecheck",
+    ),
+    SourceMutant(
+        "K in the order of memory",
+        LATENCY,
+        "tiles.py",
+        "tile = fragments_first(tile, FORM)",
+        "tile = tile",
+        NUMBERS,
+    ),
+    # Arithmetic
+    SourceMutant(
+        "the bias of n outside r",
+        LATENCY,
+        "forward.py",
+        "n = tanh(a_n + r * gh_n, FORM)",
+        "n = tanh(a_n + r * (gh_n - b_n) + b_n, FORM)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "dh with the wrong part of z",
+        LATENCY,
+        "backward.py",
+        "f = (dy, a_r, a_z, a_n * r, a_n, z)",
+        "f = (dy, a_r, a_z, a_n * r, a_n, 1 - z)",
+        NUMBERS,
+    ),
+    *(
+        SourceMutant(
+            f"exact float32: no correction of {name}", EXACT, "tiles.py", text, "", NUMBERS
+        )
+        for name, text in zip(("U", "the state"), CORRECTIONS, strict=True)
+    ),
+    SourceMutant(
+        "exact float32: an infinity multiplied twice",
+        inf(EXACT),
+        "tiles.py",
+        "mma_v2(remainder(a, a_high), b_finite",
+        "mma_v2(remainder(a, a_high), b_high",
+        NANS,
+    ),
+    SourceMutant(
+        "solo's padding meets an infinite state",
+        inf(replace(SOLO, H=21)),
+        "tiles.py",
+        "self.H % self.BLOCK_H > 0 and (self.SOLO or self.ODD)",
+        "False",
+        NANS,
+    ),
+    SourceMutant(
+        "σ is no 0 at −∞",
+        inf(replace(SOLO, H=21)),
+        "tiles.py",
+        " max.NaN.f32 $0, $0, 0f00000000;",
+        "",
+        NANS,
+    ),
+    SourceMutant(
+        "σ's reciprocal of an infinity",
+        inf(replace(SOLO, H=21)),
+        "tiles.py",
+        "min.NaN.f32 $0, $1, 0f42700000;",
+        "mov.b32 $0, $1;",
+        NANS,
+    ),
+    SourceMutant(
+        "an infinite state less itself",
+        inf(replace(SOLO, H=21, textbook=True)),
+        "forward.py",
+        "h = (1 - z) * h + z * n",
+        "h = h + z * (n - h)",
+        NANS,
     ),
 ]
 
@@ -372,7 +581,7 @@ def found_in_source(mutant: SourceMutant) -> list[str]:
     """The same, of a copy of the library in another process."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("trigru", "tests"):
+        for name in ("trigru", "tests", "perf"):
             shutil.copytree(ROOT / name, copy / name)
         path = copy / "trigru" / mutant.file
         text = path.read_text()
@@ -412,7 +621,9 @@ def run(words: list[str]) -> bool:
 def barriers() -> bool:
     """Each barrier of some kernels removed in turn: nothing may be found, if it is not needed, but
     a person should have looked at it."""
-    for case in (GROUP, OLD_GROUP, SOLO, WGMMA, TF32_GROUP):
+    # Tiles in turn and a last, odd step: all that there is between two barriers.
+    inputs = {"B": 20, "T": 5, "batch_programs": 1}
+    for case in (replace(c, textbook=t, **inputs) for c in KINDS for t in (False, True)):
         kernels: list[str] = []
         what_is_wrong(case, lambda ptx, kernels=kernels: kernels.append(ptx) or ptx)
         for ptx in kernels:

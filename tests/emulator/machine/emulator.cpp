@@ -52,7 +52,7 @@ static void start(const Launch &launch) {
   for (auto &r : m.ring) r.clear();
   for (int i = 0; i < launch.count; i++) add_buffer(launch.allocs[i]);
   u32 ctas = m.C.grid[0] * m.C.grid[1] * m.C.grid[2], warps = m.C.threads / 32;
-  m.registers.assign(size_t(ctas) * warps * m.P.registers, 0xDEADBEEF);
+  m.registers.assign(size_t(ctas) * warps * m.P.registers, ~0u);
   m.ctas.assign(ctas, Cta()), m.warps.assign(size_t(ctas) * warps, Warp());
   for (u32 i = 0; i < ctas; i++) start_cta(i, warps);
 }
