@@ -135,6 +135,14 @@ def test_batch_beyond_the_device_follows_in_the_same_launch():
     assert large.grid(4096)[1] == large.batch_programs < 4096 // large.BLOCK_B
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_exact_products_leave_u_fewer_registers(backward):
+    for H in (64, 512):
+        tf32, exact = (plan(H=H, itemsize=4, backward=backward, exact=e) for e in (False, True))
+        assert tf32.u_shared / tf32.chunks < exact.u_shared / exact.chunks
+    assert plan(H=64) == plan(H=64, exact=True)  # which 16 bit is not
+
+
 def test_the_least_clocks_are_chosen():
     for H, B, backward, textbook in product((128, 256, 512), BATCHES, *[(False, True)] * 2):
         which = dict(backward=backward, textbook=textbook)

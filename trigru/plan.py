@@ -158,7 +158,7 @@ def candidates(
 ) -> Iterator[LaunchPlan]:
     """All plans that this device can run."""
     wgmma = limits.capability[0] == 9 and itemsize == 2
-    of = _Recurrence(H, D, itemsize, backward, textbook, exact, wgmma)
+    of = _Recurrence(H, D, itemsize, backward, textbook, exact and itemsize == 4, wgmma)
 
     def fitting(form: Callable, tiles: Iterable) -> list[LaunchPlan]:
         plans = (form(of, *tile) for tile in tiles)
