@@ -119,14 +119,14 @@ def row_of(
 ) -> dict[str, Any]:
     """One shape's plan, and the best one."""
     textbook = variant == "textbook"
-    shape = {"B": B, "H": H, "D": 1, "itemsize": dtype.itemsize}
-    which = {"backward": backward, "textbook": textbook}
-    chosen = plan_launch(TARGETS[SM], **shape, **which)
+    shape: dict[str, Any] = {"B": B, "H": H, "D": 1, "itemsize": dtype.itemsize}
+    shape |= {"backward": backward, "textbook": textbook}
+    chosen = plan_launch(TARGETS[SM], **shape)
 
     def clocks(plan: LaunchPlan) -> float:
         return plan.rounds(B) * float(estimates.of(SM, dtype, plan, backward, textbook)["clocks"])
 
-    best = min(candidates(TARGETS[SM], **shape, **which), key=clocks)
+    best = min(candidates(TARGETS[SM], **shape), key=clocks)
     mhz = DEVICES[SM].mhz
     return {
         "kind": KIND, "sm": SM, "dtype": DTYPES[dtype], "variant": variant,

@@ -86,3 +86,10 @@ def test_a_launch_asks_for_fused_multiplications(monkeypatch):
     assert asked[0]["enable_fp_fusion"] is True and asked[0]["num_stages"] == 1
     monkeypatch.delattr(CUDAOptions, "enable_fp_fusion")
     assert launch.compile_options.__wrapped__() == {"num_stages": 1}
+
+
+def test_products_are_exact_where_float32_is_not_rounded_to_tf32(monkeypatch):
+    single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert launch.is_exact(single) and not launch.is_exact(half)
+    monkeypatch.setattr(launch, "uses_tf32", lambda device: True)
+    assert not launch.is_exact(single)

@@ -39,8 +39,9 @@ def plans(sm: int, itemsize: int) -> Iterator[tuple[int, LaunchPlan]]:
     """All that a device is offered, with the batch that it is for."""
     for H, B, D, backward, textbook in product(SIZES, BATCHES, (1, 2), *[(False, True)] * 2):
         which = dict(itemsize=itemsize, backward=backward, textbook=textbook)
-        for candidate in candidates(TARGETS[sm], B=B, H=H, D=D, **which):
-            yield B, candidate
+        for exact in (False, True)[: 1 + (itemsize == 4)]:
+            for candidate in candidates(TARGETS[sm], B=B, H=H, D=D, exact=exact, **which):
+                yield B, candidate
 
 
 @functools.cache
@@ -134,6 +135,14 @@ def test_batch_beyond_the_device_follows_in_the_same_launch():
     assert large.grid(4096)[1] == large.batch_programs < 4096 // large.BLOCK_B
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_exact_products_leave_u_fewer_registers(backward):
+    for H in (64, 512):
+        tf32, exact = (plan(H=H, itemsize=4, backward=backward, exact=e) for e in (False, True))
+        assert tf32.u_shared / tf32.chunks < exact.u_shared / exact.chunks
+    assert plan(H=64) == plan(H=64, exact=True)  # which 16 bit is not
+
+
 def test_the_least_clocks_are_chosen():
     for H, B, backward, textbook in product((128, 256, 512), BATCHES, *[(False, True)] * 2):
         which = dict(backward=backward, textbook=textbook)
@@ -174,28 +183,32 @@ def test_description_names_what_matters():
     assert "one program per batch tile, 1 program of" in one and "1 batch row at a time" in one
 
 
-# Where registers or shared memory are scarcest: sm, itemsize, H, backward, textbook, rows, warps.
-BORDERLINE = (
-    (90, 2, 128, True, False, 16, 8),
-    (90, 2, 128, True, True, 32, 8),
-    (90, 2, 256, False, False, 64, 16),
-    (90, 2, 256, True, False, 32, 8),
-    (90, 2, 512, True, False, 64, 8),
-    (90, 2, 1024, True, False, 16, 8),
-    (90, 2, 2048, True, True, 8, 8),
-    (90, 2, 2048, True, False, 8, 8),
+EXACT = "exact"  # float32 whose products are not TF32's
+# Where registers or shared memory are scarcest.
+BORDERLINE = (  # sm, dtype, H, backward, textbook, rows, warps
+    (90, torch.bfloat16, 128, True, False, 16, 8),
+    (90, torch.bfloat16, 256, False, False, 64, 16),
+    (90, torch.bfloat16, 256, True, False, 32, 8),
+    (90, torch.bfloat16, 512, True, False, 64, 8),
+    (90, torch.bfloat16, 2048, True, True, 8, 8),
+    (80, torch.bfloat16, 512, False, False, 64, 8),
+    (90, torch.float32, 64, True, False, 16, 4),
+    (90, EXACT, 64, True, False, 16, 4),
+    (90, EXACT, 512, True, False, 8, 8),
 )
 
 
-@pytest.mark.parametrize(
-    ("sm", "itemsize", "H", "backward", "textbook", "rows", "warps"), BORDERLINE
-)
-def test_kernels_do_not_spill(sm, itemsize, H, backward, textbook, rows, warps):
-    which = dict(backward=backward, textbook=textbook)
-    offered = candidates(TARGETS[sm], B=10**6, H=H, D=1, itemsize=itemsize, **which)
-    narrow = [p for p in offered if (p.BLOCK_B, p.num_warps) == (rows, warps)]
-    fullest = max(narrow, key=lambda p: p.shared_bytes)
-    compiled = compile_plan(sm, fullest, {2: torch.bfloat16, 4: torch.float32}[itemsize], **which)
+@pytest.mark.parametrize("case", BORDERLINE, ids=str)
+def test_kernels_do_not_spill(case):
+    sm, dtype, H, backward, textbook, *tile = case
+    exact, which = dtype == EXACT, dict(backward=backward, textbook=textbook)
+    dtype = torch.float32 if exact else dtype
+    offered = candidates(
+        TARGETS[sm], B=10**6, H=H, D=1, itemsize=dtype.itemsize, exact=exact, **which
+    )
+    alike = [p for p in offered if [p.BLOCK_B, p.num_warps] == tile]
+    fullest = max(alike, key=lambda p: p.shared_bytes)
+    compiled = compile_plan(sm, fullest, dtype, tf32=not exact, **which)
     assert spills(find_loop(*parse(disassemble(compiled.cubin)))) == 0
     assert 0 < compiled.shared_bytes <= fullest.shared_bytes
 

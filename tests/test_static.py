@@ -6,7 +6,6 @@ from perf import __main__ as command
 from perf import static
 from perf.compiling import TARGETS
 from perf.static import COLUMNS, DEVICES, KIND, Kernel
-from trigru.plan import plan_launch
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):
@@ -37,16 +36,3 @@ def test_every_device_has_its_rows():
     rows = list(static.kernels())
     assert list(dict.fromkeys(k.sm for k in rows)) == [90, 80, 86, 120] == list(DEVICES)
     assert len(set(rows)) == len(rows) == 4 * 2 * (len(static.SHAPES) + 1)
-
-
-@pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize(("H", "B"), [(64, 1), (128, 4096), (256, 1024), (512, 4096), (1024, 16)])
-def test_rounds(H, B, D):
-    """As many as the batch takes, and not one more, with one program on an SM."""
-    limits = TARGETS[90]
-    plan = plan_launch(limits, B=B, H=H, D=D, itemsize=2, backward=False, textbook=False)
-    programs, tiles, directions = plan.grid(B)
-    at_once = min(tiles, limits.sm_count // (programs * directions)) * static.rows(plan, B)
-    launches = D // directions
-    rounds = static.rounds(plan, limits, B)
-    assert (rounds - launches) * at_once < B * launches <= rounds * at_once

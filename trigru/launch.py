@@ -59,6 +59,11 @@ def uses_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and precision == "tf32"
 
 
+def is_exact(like: Tensor) -> bool:
+    """Whether products of such a tensor are float32's, not TF32's."""
+    return like.dtype == torch.float32 and not uses_tf32(like.device)
+
+
 @functools.cache
 def compile_options() -> dict[str, Any]:
     """Triton's options for every kernel: one stage, and FMAs, which Triton 3.10 leaves out unless

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onnx, reference
 from .derivatives import Recurrence, forward_mode
+from .launch import is_exact
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 if importlib.util.find_spec("triton") is None:  # it exists for Linux only
@@ -191,8 +192,8 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels compute in float16, bfloat16 and float32, not in {dtype}"
     try:
-        for pass_ in (False, True):
-            plan_for(device, 1, H, 1, dtype, pass_, textbook)
+        for pass_ in (False, True):  # float32 as exact, which takes more: TF32 can be switched off
+            plan_for(device, 1, H, 1, dtype, pass_, textbook, dtype == torch.float32)
     except NoPlan as reason:
         return str(reason)
     return None
@@ -236,8 +237,10 @@ def without_cudnn() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=4096)
 def plan_for(
-    device: torch.device, B: int, H: int, D: int, dtype: torch.dtype, backward: bool, textbook: bool
-) -> LaunchPlan:
+    device: torch.device, B: int, H: int, D: int, dtype: torch.dtype, backward: bool,
+    textbook: bool, exact: bool = False,
+) -> LaunchPlan:  # fmt: skip
+    """exact: see `plan_launch`."""
     return plan_launch(
         device_limits(device),
         B=B,
@@ -246,6 +249,7 @@ def plan_for(
         itemsize=dtype.itemsize,
         backward=backward,
         textbook=textbook,
+        exact=exact,
     )
 
 
@@ -278,7 +282,7 @@ def _forward(
     if why_no_kernel(gx.device, gx.dtype, H, textbook) is None:
         gx, h0, w_hh = gx.contiguous(), h0.contiguous(), w_hh.contiguous()
         b_hh = None if b_hh is None else b_hh.contiguous()
-        plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook)
+        plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook, is_exact(gx))
         results = forward.gru_forward(gx, h0, w_hh, b_hh, offsets, plan=plan, **walk)
     else:
         warn_of_fallback(gx.device, gx.dtype, H, textbook)
@@ -321,7 +325,7 @@ def _backward(
         "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional,
     }  # fmt: skip
     if why_no_kernel(y.device, y.dtype, H, textbook) is None:
-        plan = plan_for(y.device, B, H, D, y.dtype, True, textbook)
+        plan = plan_for(y.device, B, H, D, y.dtype, True, textbook, is_exact(y))
         dy, dh_n, h0, w_hh, y, gates = (t.contiguous() for t in (dy, dh_n, h0, w_hh, y, gates))
         return backward.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, plan=plan, **walk)
     return reference.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, **walk)

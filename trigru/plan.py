@@ -13,6 +13,7 @@ between plans that fit is a model of clocks per step, fitted to what the compile
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where mor
 # Of U and of an awaited tile together, what a thread of a latency group can hold in registers; what
 # is over of U lies in shared memory.
 HELD_REGISTERS = 150
+HELD_IF_EXACT = 100  # the parts of what is multiplied take the rest
 
 # The tiles to choose from: those that are the best ones somewhere.
 SOLO_TILES = ((8,), (16,), (32,))  # rows
@@ -126,13 +128,15 @@ def plan_launch(
     itemsize: int,
     backward: bool,
     textbook: bool,
+    exact: bool = False,
 ) -> LaunchPlan:
-    """The plan with the least modelled time for a step of B rows. Raises `NoPlan` if none fits."""
+    """The plan with the least modelled time for a step of B rows; exact: of float32 products that
+    are not rounded to TF32. Raises `NoPlan` if none fits."""
     if limits.capability < MIN_CAPABILITY:
         have, need = ("{}.{}".format(*c) for c in (limits.capability, MIN_CAPABILITY))
         raise NoPlan(f"{limits.name} has compute capability {have}, the kernels need {need}")
     which = {"backward": backward, "textbook": textbook}
-    plans = list(candidates(limits, B=B, H=H, D=D, itemsize=itemsize, **which))
+    plans = list(candidates(limits, B=B, H=H, D=D, itemsize=itemsize, exact=exact, **which))
     if not plans:
         raise NoPlan(
             f"U with hidden size {H} and {itemsize}-byte elements does not fit on chip: "
@@ -150,22 +154,21 @@ def candidates(
     itemsize: int,
     backward: bool,
     textbook: bool,
+    exact: bool = False,
 ) -> Iterator[LaunchPlan]:
     """All plans that this device can run."""
-    which = {"backward": backward, "textbook": textbook}
     wgmma = limits.capability[0] == 9 and itemsize == 2
+    of = _Recurrence(H, D, itemsize, backward, textbook, exact and itemsize == 4, wgmma)
 
-    def fitting(form: Callable, tiles: Iterable, *how: bool) -> list[LaunchPlan]:
-        plans = (form(H, D, itemsize, *tile, *how, **which) for tile in tiles)
+    def fitting(form: Callable, tiles: Iterable) -> list[LaunchPlan]:
+        plans = (form(of, *tile) for tile in tiles)
         return [plan for plan in plans if plan and plan.shared_bytes <= limits.shared_bytes]
 
     if H * itemsize <= MAX_SOLO_ROW_BYTES:  # to wait for nobody is faster, whatever the batch
-        plans = fitting(_solo, SOLO_TILES, wgmma)
+        plans = fitting(_solo, SOLO_TILES)
     else:
         plans = fitting(_latency, LATENCY_TILES)
-        plans += fitting(_throughput, THROUGHPUT_TILES, wgmma) or fitting(
-            _throughput, NARROW_TILES, wgmma
-        )
+        plans += fitting(_throughput, THROUGHPUT_TILES) or fitting(_throughput, NARROW_TILES)
     for plan in plans:
         if spread_plan := spread(plan, limits, B):
             yield spread_plan
@@ -188,65 +191,71 @@ def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
     )  # fmt: skip
 
 
-def _solo(
-    H: int, D: int, itemsize: int, rows: int, wgmma: bool, *, backward: bool, textbook: bool
-) -> LaunchPlan | None:
-    H_pad = max(16, 1 << (H - 1).bit_length())  # sides of tiles are powers of two
-    wgmma &= rows == 32 and H_pad >= 64
-    if rows == 32 and not wgmma:
+class _Recurrence(NamedTuple):
+    """What a plan is for."""
+
+    H: int
+    D: int
+    itemsize: int
+    backward: bool
+    textbook: bool
+    exact: bool  # float32 products that are not rounded to TF32
+    wgmma: bool  # what the device has
+
+
+def _solo(of: _Recurrence, rows: int) -> LaunchPlan | None:
+    H_pad = max(16, 1 << (of.H - 1).bit_length())  # sides of tiles are powers of two
+    wgmma = of.wgmma and rows == 32 and H_pad >= 64
+    if rows == 32 and not wgmma:  # the fragments of U and of as many rows would spill
         return None
-    u_shared = wgmma
-    states = 3 if backward else 2 if textbook else 1
-    shared = itemsize * (2 * states * H_pad * rows + (3 * H_pad * H_pad if u_shared else 0))
+    # To split U into two TF32 parts takes registers: it would spill, hundreds of times a step.
+    u_shared = wgmma or of.exact
+    states = 3 if of.backward else 2 if of.textbook else 1
+    shared = of.itemsize * H_pad * (2 * states * rows + 3 * H_pad * u_shared)
     return LaunchPlan(
-        H=H, D=D, bits=8 * itemsize, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=rows,
+        H=of.H, D=of.D, bits=8 * of.itemsize, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=rows,
         num_warps=H_pad // 16, shared_bytes=shared, solo=True, u_shared=int(u_shared), wgmma=wgmma,
     )  # fmt: skip
 
 
-def _latency(
-    H: int, D: int, itemsize: int, rows: int, warps: int, *, backward: bool, textbook: bool
-) -> LaunchPlan | None:
-    vector_k = 64 // itemsize  # of two MMAs: what a row's 16-byte vectors of four threads hold
-    K = -(-H // (vector_k * warps)) * vector_k  # of one warp
+def _latency(of: _Recurrence, rows: int, warps: int) -> LaunchPlan | None:
+    vector_k = 64 // of.itemsize  # of two MMAs: what a row's 16-byte vectors of four threads hold
+    K = -(-of.H // (vector_k * warps)) * vector_k  # of one warp
     # Chunks are chains of products of their own: a forward pass with few rows has too few else.
-    chunk = min(K & -K, (64 if rows == 8 and not backward else 128) * 2 // itemsize)
-    tile = (3 if backward else 1) * itemsize * K * rows // 128  # registers of a thread
-    u = 3 * itemsize * 16 * K // 128
+    chunk = min(K & -K, (64 if rows == 8 and not of.backward else 128) * 2 // of.itemsize)
+    tile = (3 if of.backward else 1) * of.itemsize * K * rows // 128  # registers of a thread
+    u = 3 * of.itemsize * 16 * K // 128
     u_shared = 0
-    if u + tile > HELD_REGISTERS:
-        chunk = min(chunk, 128 // itemsize)
-        u_shared = -(-(u + tile - HELD_REGISTERS) * K // (u * chunk))
+    if (over := u + tile - (HELD_IF_EXACT if of.exact else HELD_REGISTERS)) > 0:
+        chunk = min(chunk, 128 // of.itemsize)
+        u_shared = -(-over * K // (u * chunk))
     chunks = K // chunk
     if u_shared > chunks:
         return None
-    sums = (2 if textbook else 1) if backward else 3
-    shared = 4 * 2 * sums * warps * 16 * rows + 3 * itemsize * warps * 16 * chunk * u_shared
+    sums = (2 if of.textbook else 1) if of.backward else 3
+    shared = 4 * 2 * sums * warps * 16 * rows + 3 * of.itemsize * warps * 16 * chunk * u_shared
     return LaunchPlan(
-        H=H, D=D, bits=8 * itemsize, H_pad=K * warps, BLOCK_H=16, BLOCK_B=rows, num_warps=warps,
-        shared_bytes=shared, split=True, chunks=chunks, u_shared=u_shared,
+        H=of.H, D=of.D, bits=8 * of.itemsize, H_pad=K * warps, BLOCK_H=16, BLOCK_B=rows,
+        num_warps=warps, shared_bytes=shared, split=True, chunks=chunks, u_shared=u_shared,
     )  # fmt: skip
 
 
-def _throughput(
-    H: int, D: int, itemsize: int, block_h: int, rows: int, warps: int, wgmma: bool, *,
-    backward: bool, textbook: bool,
-) -> LaunchPlan | None:  # fmt: skip
-    slice_k = 128 // itemsize  # multiplied at once
+def _throughput(of: _Recurrence, block_h: int, rows: int, warps: int) -> LaunchPlan | None:
+    slice_k = 128 // of.itemsize  # multiplied at once
     unit = max(slice_k, block_h)
-    H_pad = -(-H // unit) * unit
+    H_pad = -(-of.H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
-    wgmma &= block_h >= 64
+    wgmma = of.wgmma and block_h >= 64
     if warps == 16 and not (wgmma and H_pad <= 256):  # 128 registers a thread: it would spill
         return None
-    if chunk * rows * itemsize < VECTOR_BYTES * 32 * warps:
+    if chunk * rows * of.itemsize < VECTOR_BYTES * 32 * warps:
         return None
     stages = 2
-    shared = itemsize * (3 * block_h * H_pad + stages * chunk * rows)
+    shared = of.itemsize * (3 * block_h * H_pad + stages * chunk * rows)
     return LaunchPlan(
-        H=H, D=D, bits=8 * itemsize, H_pad=H_pad, BLOCK_H=block_h, BLOCK_B=rows, num_warps=warps,
-        shared_bytes=shared, chunks=H_pad // chunk, stages=stages, u_shared=H_pad // chunk,
-        wgmma=wgmma,
+        H=of.H, D=of.D, bits=8 * of.itemsize, H_pad=H_pad, BLOCK_H=block_h, BLOCK_B=rows,
+        num_warps=warps, shared_bytes=shared, chunks=H_pad // chunk, stages=stages,
+        u_shared=H_pad // chunk, wgmma=wgmma,
     )  # fmt: skip
 
 
