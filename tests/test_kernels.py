@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator import Emulator, why_not
-from emulator.cases import Case, pair, plan_of, problem_of, run_kernels, what_is_wrong
+from emulator.cases import (
+    Case,
+    pair,
+    plan_of,
+    problem_of,
+    run_kernels,
+    tiles_of_library,
+    what_is_wrong,
+)
 
 from trigru import forward, launch
 
@@ -61,6 +69,19 @@ def is_needless(target, shape, textbook):
     if not is_needless(target, shape, textbook)
 )
 def test_numbers(case):
+    check(case)
+
+
+LARGE = Case(90, "bf16", False, H=200, B=70, T=2)
+SMALL = Case(90, "bf16", True, H=100, B=40, T=2)
+
+
+@on(
+    replace(case, form=f"tile {i}")
+    for case in (LARGE, SMALL)
+    for i in range(max(len(tiles_of_library(case, backward=b)) for b in (False, True)))
+)
+def test_every_tile_that_the_library_chooses_from(case):
     check(case)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perf.compiling import TARGETS
 from trigru import backward, derivatives, forward, launch, reference
 from trigru.accuracy import RESULTS, problem, violations, yardsticks
-from trigru.plan import LaunchPlan, plan_launch
+from trigru.plan import LaunchPlan, candidates, plan_launch
 
 from .launches import INTEGER, Emulator
 from .run import MAX_INSTRUCTIONS
@@ -86,7 +86,11 @@ FORMS: dict[str, dict[str, Any]] = {
 def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
     """The library's plan for the case or, where it names a form, a small plan of that form."""
     itemsize = case.dtype.itemsize
-    if not case.form:
+    if case.form.startswith("tile "):  # one of those that the library chooses from, not quite full
+        tiles = tiles_of_library(case, backward=backward)
+        number = int(case.form.removeprefix("tile ")) % len(tiles)
+        plan = replace(tiles[number], rows=tiles[number].BLOCK_B - 1, batch_programs=2)
+    elif not case.form:
         plan = plan_launch(
             TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=itemsize,
             backward=backward, textbook=case.textbook,
@@ -100,6 +104,15 @@ def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
         )  # fmt: skip
     changes = {"batch_programs": case.batch_programs, "directions": case.directions}
     return replace(plan, **{k: v for k, v in changes.items() if v})
+
+
+def tiles_of_library(case: Case, *, backward: bool) -> list[LaunchPlan]:
+    return list(
+        candidates(
+            TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=case.dtype.itemsize,
+            backward=backward, textbook=case.textbook,
+        )
+    )  # fmt: skip
 
 
 def _tiles_of(
