@@ -429,7 +429,10 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                 new = ()
                 for g in gl.static_range(len(us)):
                     a = us[g][c].slice(SLICE * s, SLICE, dim=2).load(FORM.A)
-                    new = new + (multiply(a, b, sums[g], FORM),)
+                    if FORM.EXACT:  # tensor cores cut sums off: let no long chain of them add up
+                        new = new + (sums[g] + multiply(a, b, nil, FORM),)
+                    else:
+                        new = new + (multiply(a, b, sums[g], FORM),)
                 sums = new
         if FORM.STAGES > 0 and c + 1 < COUNT:
             arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)
