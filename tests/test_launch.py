@@ -1,5 +1,7 @@
 """What surrounds a launch: the error flags and Triton's options."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -93,3 +95,23 @@ def test_products_are_exact_where_float32_is_not_rounded_to_tf32(monkeypatch):
     assert launch.is_exact(single) and not launch.is_exact(half)
     monkeypatch.setattr(launch, "uses_tf32", lambda device: True)
     assert not launch.is_exact(single)
+
+
+@pytest.mark.parametrize(
+    "gone", ["gl.thread_barrier", "gl.NVMMADistributedLayout", "gluon.constexpr_function"]
+)
+def test_a_triton_of_other_names_leaves_the_library_without_kernels(gone):
+    """Gluon is experimental; all names that the kernels use are looked up at the import."""
+    code = f"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+gl.barrier = None
+del {gone}
+import torch, trigru
+print(trigru.ops.WITHOUT_KERNELS)
+print(trigru.TriGRU(3, 4)(torch.zeros(2, 1, 3))[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reason, shape = done.stdout.splitlines()
+    assert reason.startswith("the kernels do not go with the Triton") and gone.split(".")[1] in reason
+    assert shape == "torch.Size([2, 1, 4])"

@@ -27,7 +27,7 @@ if importlib.util.find_spec("triton") is None:  # it exists for Linux only
     WITHOUT_KERNELS = "Triton is not installed"
 else:
     try:
-        from . import backward, forward
+        from . import backward, form, forward  # noqa: F401  (form, whose names must be there)
 
         WITHOUT_KERNELS = ""
     except Exception as error:  # Gluon is experimental: another Triton may have other names
