@@ -253,7 +253,7 @@ class Form:
         return 6 | 8 * (self.along_rows - 1)
 
 
-# Gluon is experimental. Names that it has changed must show when the library is imported, which
+# Gluon is experimental. What layouts it has renamed must show when the library is imported, which
 # then does without kernels, and not at the first launch.
 for _form in (
     Form(16, 16, 16, 8, 1, 16, SOLO=True),

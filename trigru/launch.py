@@ -38,7 +38,7 @@ def raise_if_failed(device: torch.device | str | int) -> None:
 
     device: anything that `torch.device` takes, with the current device where it names none.
 
-    Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
+    What was launched after it, before this is raised, may be NaN, too. Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
     follows it, or by this function after a `torch.cuda.synchronize()`."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -106,6 +106,7 @@ def launch(
     raise_if_failed(device)
     tf32 = dtype == torch.float32 and uses_tf32(device)
     groups, tiles_at_once, _ = plan.grid(B)
+    constants = compile_time(plan, tf32, PACKED=offsets is not None, **switches)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)
@@ -118,7 +119,7 @@ def launch(
                 plan.rows,
                 WAIT_POLLS,
                 first_direction,
-                **compile_time(plan, tf32, PACKED=offsets is not None, **switches),
+                **constants,
                 **compile_options(),
                 num_warps=plan.num_warps,
                 # A solo grid may be larger than the device; a group that is must fail, not hang.

@@ -93,7 +93,7 @@ def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
     elif not case.form:
         plan = plan_launch(
             TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=itemsize,
-            backward=backward, textbook=case.textbook,
+            backward=backward, textbook=case.textbook, exact=case.precision == "ieee",
         )  # fmt: skip
     else:
         form = FORMS[case.form]
@@ -110,7 +110,7 @@ def tiles_of_library(case: Case, *, backward: bool) -> list[LaunchPlan]:
     return list(
         candidates(
             TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=case.dtype.itemsize,
-            backward=backward, textbook=case.textbook,
+            backward=backward, textbook=case.textbook, exact=case.precision == "ieee",
         )
     )  # fmt: skip
 
