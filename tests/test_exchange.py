@@ -9,8 +9,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from trigru.exchange import await_tiles, publish, settle, unwritten
+from trigru.form import Form
 from trigru.launch import compile_options
-from trigru.tiles import Form, awaited_offsets, awaited_rows, own_offsets
+from trigru.tiles import awaited_offsets, awaited_rows, own_offsets
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 

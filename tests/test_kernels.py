@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator import Emulator, why_not
-from emulator.cases import Case, pair, plan_of, problem_of, run_kernels, what_is_wrong
+from emulator.cases import (
+    Case,
+    pair,
+    plan_of,
+    problem_of,
+    run_kernels,
+    tiles_of_library,
+    what_is_wrong,
+)
 
 from trigru import forward, launch
 
@@ -61,6 +69,19 @@ def is_needless(target, shape, textbook):
     if not is_needless(target, shape, textbook)
 )
 def test_numbers(case):
+    check(case)
+
+
+LARGE = Case(90, "bf16", False, H=200, B=70, T=2)
+SMALL = Case(90, "bf16", True, H=100, B=40, T=2)
+
+
+@on(
+    replace(case, form=f"tile {i}")
+    for case in (LARGE, SMALL)
+    for i in range(max(len(tiles_of_library(case, backward=b)) for b in (False, True)))
+)
+def test_every_tile_that_the_library_chooses_from(case):
     check(case)
 
 
@@ -190,6 +211,15 @@ def test_same_bits_whatever_the_schedule(case):
     if fits(target, shape) and (target == TARGETS[0] or shape in (SOLO, LATENCY))
 )
 def test_not_finite_stays_in_its_row(case):
+    check(case)
+
+
+@on(
+    Case(90, "bf16", textbook, B=5, T=4, where="h0", poison="held", **shape)
+    for textbook in VARIANTS
+    for shape in (*EVERY, STAGED | {"H": 71})
+)
+def test_an_infinite_state_that_stays_meets_no_padding(case):
     check(case)
 
 

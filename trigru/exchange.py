@@ -2,9 +2,12 @@
 
 Every exchanged tensor is filled with a sentinel (all bits one) before the launch. The owner of an
 element stores it once; a reader loads its tile until no element is the sentinel. There is no
-barrier, no counter and nothing to reset between launches. Two rules make it right:
+barrier, no counter and nothing to reset between launches. Three rules make it right:
 
 * `publish` never stores the sentinel. All bits one is a NaN, so a NaN is moved to another NaN.
+* An element that a wait sees is whole, and the loads of a wait see each of them on its own. Of 32
+  bits PTX's memory model says so; that the halves of an aligned word, stored one by one and loaded
+  together, behave alike is how NVIDIA's GPUs work, not what the model says of mixed sizes.
 * Every wait is bounded. A wait that runs out sets the error flag and goes on with the sentinel,
   which is a NaN, so a failed launch yields NaN, never plausible numbers; the host then raises.
 """

@@ -257,9 +257,15 @@ def rounded(x):
 
 
 @gluon.jit
+def finite(x):
+    """x, but 0 for an infinity, which is multiplied once: parts of both signs would make NaN."""
+    return gl.where(gl.abs(x) == float("inf"), 0.0, x)
+
+
+@gluon.jit
 def remainder(x, high):
-    """What `rounded` took off x, as TF32; of an infinity, nothing."""
-    return rounded(gl.where(x == high, 0.0, x - high))
+    """What `rounded` took off x, as TF32; nothing of what it made an infinity."""
+    return rounded(gl.where(gl.abs(high) == float("inf"), 0.0, x - high))
 
 
 # ------------------------------------------------------------------------------------------------ U
@@ -375,10 +381,8 @@ def multiply(a, b, acc, FORM: gl.constexpr):
         )
         a_high = rounded(a)
         b_high = rounded(b)
-        # An infinity is multiplied once: parts of other signs would make NaN of it.
-        b_finite = gl.where(gl.abs(b_high) == float("inf"), 0.0, b_high)
-        acc = mma_v2(remainder(a, a_high), b_finite, acc, input_precision="tf32")
-        acc = mma_v2(a_high, remainder(b, b_high), acc, input_precision="tf32")
+        acc = mma_v2(remainder(a, a_high), finite(b_high), acc, input_precision="tf32")
+        acc = mma_v2(finite(a_high), remainder(b, b_high), acc, input_precision="tf32")
         acc = mma_v2(a_high, b_high, acc, input_precision="tf32")
     else:
         acc = mma_v2(a, rounded(b), acc, input_precision="tf32")
@@ -425,7 +429,10 @@ def product_mma(us, tiles, stages, FORM: gl.constexpr):
                 new = ()
                 for g in gl.static_range(len(us)):
                     a = us[g][c].slice(SLICE * s, SLICE, dim=2).load(FORM.A)
-                    new = new + (multiply(a, b, sums[g], FORM),)
+                    if FORM.EXACT:  # tensor cores cut sums off: let no long chain of them add up
+                        new = new + (sums[g] + multiply(a, b, nil, FORM),)
+                    else:
+                        new = new + (multiply(a, b, sums[g], FORM),)
                 sums = new
         if FORM.STAGES > 0 and c + 1 < COUNT:
             arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perf.compiling import TARGETS
 from trigru import backward, derivatives, forward, launch, reference
 from trigru.accuracy import RESULTS, problem, violations, yardsticks
-from trigru.plan import LaunchPlan, plan_launch
+from trigru.plan import LaunchPlan, candidates, plan_launch
 
 from .launches import INTEGER, Emulator
 from .run import MAX_INSTRUCTIONS
@@ -42,7 +42,7 @@ class Case:
     save: bool = True
     batch_programs: int | None = None  # fewer than tiles: they follow one another
     directions: int | None = None  # of a launch
-    poison: str = ""  # "nan" or "inf" in one row of `where`
+    poison: str = ""  # "nan", "inf" or "held" (an infinity that stays) in one row of `where`
     where: str = "gx"
     row: int = 1
     missing: bool = False  # one of the programs never runs
@@ -86,7 +86,11 @@ FORMS: dict[str, dict[str, Any]] = {
 def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
     """The library's plan for the case or, where it names a form, a small plan of that form."""
     itemsize = case.dtype.itemsize
-    if not case.form:
+    if case.form.startswith("tile "):  # one of those that the library chooses from, not quite full
+        tiles = tiles_of_library(case, backward=backward)
+        number = int(case.form.removeprefix("tile ")) % len(tiles)
+        plan = replace(tiles[number], rows=tiles[number].BLOCK_B - 1, batch_programs=2)
+    elif not case.form:
         plan = plan_launch(
             TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=itemsize,
             backward=backward, textbook=case.textbook,
@@ -100,6 +104,15 @@ def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
         )  # fmt: skip
     changes = {"batch_programs": case.batch_programs, "directions": case.directions}
     return replace(plan, **{k: v for k, v in changes.items() if v})
+
+
+def tiles_of_library(case: Case, *, backward: bool) -> list[LaunchPlan]:
+    return list(
+        candidates(
+            TARGETS[case.sm], B=case.B, H=case.H, D=case.D, itemsize=case.dtype.itemsize,
+            backward=backward, textbook=case.textbook,
+        )
+    )  # fmt: skip
 
 
 def _tiles_of(
@@ -178,6 +191,11 @@ def problem_of(case: Case) -> tuple[dict, dict]:
     )  # fmt: skip
     if not case.bias:
         inputs["b_hh"] = None
+    if case.poison == "held":  # by gates that +inf in unit 0 closes: all other units stay finite
+        column = inputs["w_hh"][..., 0]
+        column.copy_(column.abs() + 2**-6)
+        if case.textbook:
+            column[:, case.H : 2 * case.H].neg_()
     moved = ({k: _moved(v, case.offset) for k, v in x.items()} for x in (inputs, cotangents))
     return tuple(moved) if case.offset else (inputs, cotangents)
 

@@ -44,6 +44,11 @@ def inf(case: Case) -> Case:
     return replace(case, B=5, poison="inf", where="h0")
 
 
+def held(case: Case) -> Case:
+    """An infinity in one sequence's state, for ever, and other numbers beside it."""
+    return replace(inf(case), poison="held")
+
+
 MAX_INSTRUCTIONS = 10**6  # a mutant may never end
 
 Mutate = Callable[[str], str]
@@ -375,8 +380,8 @@ SOURCE = [
         "packed: rows that join are awaited where they have not been",
         replace(PACKED, reverse=True),
         "forward.py",
-        "gl.where(end < running_before, before, N + row0) + end",
-        "before + end",
+        "gl.where(at < running_before, before, N + row0) + at",
+        "before + at",
         f"{FOREVER}|{STRAY}",
     ),
     SourceMutant(
@@ -524,8 +529,8 @@ SOURCE = [
     ),
     SourceMutant(
         "solo's padding meets an infinite state",
-        inf(replace(SOLO, H=21)),
-        "tiles.py",
+        held(replace(SOLO, H=21)),
+        "form.py",
         "self.H % self.BLOCK_H > 0 and (self.SOLO or self.ODD)",
         "False",
         NANS,
@@ -548,7 +553,7 @@ SOURCE = [
     ),
     SourceMutant(
         "an infinite state less itself",
-        inf(replace(SOLO, H=21, textbook=True)),
+        held(replace(SOLO, H=21, textbook=True)),
         "forward.py",
         "h = (1 - z) * h + z * n",
         "h = h + z * (n - h)",
