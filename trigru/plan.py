@@ -248,8 +248,6 @@ def _throughput(of: _Recurrence, block_h: int, rows: int, warps: int) -> LaunchP
     wgmma = of.wgmma and block_h >= 64
     if warps == 16 and not (wgmma and H_pad <= 256):  # 128 registers a thread: it would spill
         return None
-    if chunk * rows * of.itemsize < VECTOR_BYTES * 32 * warps:
-        return None
     stages = 2
     shared = of.itemsize * (3 * block_h * H_pad + stages * chunk * rows)
     return LaunchPlan(
