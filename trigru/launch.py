@@ -38,8 +38,9 @@ def raise_if_failed(device: torch.device | str | int) -> None:
 
     device: anything that `torch.device` takes, with the current device where it names none.
 
-    What was launched after it, before this is raised, may be NaN, too. Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
-    follows it, or by this function after a `torch.cuda.synchronize()`."""
+    Launches are asynchronous, as everything on a GPU: the error of one is raised by the call that
+    follows it, or by this function after a `torch.cuda.synchronize()`. What was launched between
+    the two may be NaN, too."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
