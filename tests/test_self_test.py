@@ -6,7 +6,7 @@ import torch
 from perf.compiling import TARGETS
 from trigru import __main__ as command
 from trigru import ops
-from trigru.plan import DeviceLimits
+from trigru.plan import DeviceLimits, NoPlan, plan_launch
 
 
 @pytest.fixture
@@ -15,10 +15,10 @@ def two_devices(monkeypatch):
     limits = {0: TARGETS[90], 1: DeviceLimits("V100", (7, 0), 80, 96 * 1024)}
     monkeypatch.setattr(ops, "device_limits", lambda device: limits[device.index])
     ops.plan_for.cache_clear()
-    ops.why_no_kernel.cache_clear()
+    ops._why_no_plan.cache_clear()
     yield
     ops.plan_for.cache_clear()
-    ops.why_no_kernel.cache_clear()
+    ops._why_no_plan.cache_clear()
 
 
 def test_the_path_that_runs_is_the_one_that_is_said(two_devices, capsys):
@@ -47,3 +47,15 @@ def test_one_wrong_result_is_a_failure(monkeypatch, capsys, off):
     said = capsys.readouterr().out
     assert said.count("dh0: relative error") == (0 if off == 1 else 2)
     assert said.endswith("passed\n" if off == 1 else "FAILED\n")
+
+
+def test_exact_float32_alone_does_without_a_kernel_where_it_has_no_plan(two_devices, monkeypatch):
+    """It takes more than TF32, which is what PyTorch lets recurrent layers compute in."""
+    device, H = torch.device("cuda", 0), 1152
+    which = {"B": 1, "H": H, "D": 1, "itemsize": 4, "backward": True, "textbook": False}
+    with pytest.raises(NoPlan):
+        plan_launch(TARGETS[90], exact=True, **which)
+    for precision, has_kernel in (("tf32", True), ("ieee", False), ("tf32", True)):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        reason = ops.why_no_kernel(device, torch.float32, H, False)
+        assert (reason is None) == has_kernel, reason

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onnx, reference
 from .derivatives import Recurrence, forward_mode
-from .launch import is_exact
+from .launch import is_exact, uses_tf32
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 if importlib.util.find_spec("triton") is None:  # it exists for Linux only
@@ -180,7 +180,6 @@ def autocast(*tensors: Any) -> list[Any]:
     ]
 
 
-@functools.cache
 def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bool) -> str | None:
     """The reason why the persistent kernels do not run here, or None if they do."""
     if device.type != "cuda":
@@ -191,9 +190,17 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
         return WITHOUT_KERNELS
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels compute in float16, bfloat16 and float32, not in {dtype}"
+    exact = dtype == torch.float32 and not uses_tf32(device)  # which takes more: asked for now
+    return _why_no_plan(device, dtype, H, textbook, exact)
+
+
+@functools.cache
+def _why_no_plan(
+    device: torch.device, dtype: torch.dtype, H: int, textbook: bool, exact: bool
+) -> str | None:
     try:
-        for pass_ in (False, True):  # float32 as exact, which takes more: TF32 can be switched off
-            plan_for(device, 1, H, 1, dtype, pass_, textbook, dtype == torch.float32)
+        for pass_ in (False, True):
+            plan_for(device, 1, H, 1, dtype, pass_, textbook, exact)
     except NoPlan as reason:
         return str(reason)
     return None

@@ -376,7 +376,7 @@ def product_wgmma(us, tiles, stages, FORM: gl.constexpr):
 @gluon.jit
 def multiply(a, b, acc, FORM: gl.constexpr):
     """acc + a · b, of fragments."""
-    if FORM.EXACT:  # by three TF32 products; what the fourth would add is about float32's rounding
+    if FORM.EXACT:  # by three TF32 products; what the fourth adds is on average below its rounding
         # Not kept over the time loop, which would take twice U's registers.
         a = gl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [a], dtype=gl.float32, is_pure=False, pack=1
