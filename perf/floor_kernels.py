@@ -141,12 +141,12 @@ def _exchange_kernel(
 def await_all(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
     """Wait for what a product takes, as it does: tiles that would go through stages one by one,
     with the next ones under way, but not through the stages."""
-    tiles = await_tiles(ptrs, limit, error_ptr, TILES, FORM)
+    tiles = await_tiles(ptrs, limit, error_ptr, TILES, 1, FORM)
     if FORM.STAGES > 0:
         begun = tiles[1]
         for c in gl.static_range(1, TILES):
-            if c + FORM.BEGUN < TILES:
-                begun = begun + (begin(ptrs, c + FORM.BEGUN, FORM),)  # noqa: RUF005
+            if c + len(begun) < TILES:
+                begun = begun + (begin(ptrs, c + len(begun), FORM),)  # noqa: RUF005
             settle(begun[0], ptrs, limit, error_ptr, c, FORM)
             begun = begun[1:]
 
