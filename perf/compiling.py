@@ -73,7 +73,7 @@ def compile_plan(
     }  # fmt: skip
     if not backward:
         switches |= {"HAS_BIAS": not textbook, "SAVE": True}
-    constants = compile_time(plan, tf32 and dtype == torch.float32, **switches)
+    constants = compile_time(plan, dtype == torch.float32 and not tf32, **switches)
     scalars = {"T": "i32", "B": "i32", "rows": "i32", "wait_limit": "i32", "first_direction": "i32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -237,7 +237,7 @@ def exchange_alone(
 def form_of(plan: LaunchPlan) -> Form:
     """The plan's form, but the same for all plans that exchange the same."""
     plan = replace(plan, H=plan.H_pad, u_shared=plan.chunks)
-    return compile_time(plan, tf32=True)["FORM"]
+    return compile_time(plan, exact=False)["FORM"]
 
 
 # The device's constants

@@ -47,7 +47,7 @@ def plans(sm: int, itemsize: int) -> Iterator[tuple[int, LaunchPlan]]:
 @functools.cache
 def is_form(plan: LaunchPlan) -> bool:
     """The kernels' own form refuses what they cannot be, by an AssertionError."""
-    return bool(compile_time(plan, tf32=True))
+    return bool(compile_time(plan, exact=False))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

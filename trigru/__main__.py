@@ -56,7 +56,7 @@ def describe_paths(device: torch.device) -> None:
                 print(f"    H={H} B={B}: {other}: {reason}")
                 continue
             for pass_ in ("forward", "backward"):
-                exact = dtype == torch.float32 and not launch.uses_tf32(device)
+                exact = launch.is_exact(dtype, device)
                 plan = ops.plan_for(device, B, H, 1, dtype, pass_ == "backward", textbook, exact)
                 print(f"    H={H} B={B} {pass_}: {plan.describe(B)}")
 

@@ -15,6 +15,7 @@ from .tiles import (
     fetch3,
     load_us,
     own_offsets,
+    own_units,
     product,
     rows_of_step,
     shared_memory,
@@ -113,14 +114,10 @@ def _gru_backward_kernel(
 
     d = (first_direction + gl.program_id(2)).to(gl.int64)
     unit0 = gl.program_id(0) * FORM.BLOCK_H
-    unit = unit0 + gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))  # [BLOCK_H]
-    n_row = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))  # [BLOCK_B]
+    unit, n_row = own_units(unit0, 1, L, FORM)
     mask_h = unit < H
-    # The same of what is loaded each step, [BLOCK_H / PER_WORD] and [BLOCK_B].
-    unit_in = unit0 + FORM.PER_WORD * gl.arange(
-        0, FORM.BLOCK_H // FORM.PER_WORD, gl.SliceLayout(1, L_IN)
-    )
-    n_row_in = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L_IN))
+    PER_WORD: gl.constexpr = FORM.PER_WORD
+    unit_in, n_row_in = own_units(unit0, PER_WORD, L_IN, FORM)  # of what is loaded each step
     mask_h_in = unit_in < H
     u_r, u_z, u_n = load_us(w_hh_ptr + d * (3 * FORM.H_PAD * FORM.H_PAD), unit0, FORM)
     parts, states, stages = shared_memory(dtype, SUMS, 3, FORM)

@@ -60,9 +60,9 @@ def uses_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and precision == "tf32"
 
 
-def is_exact(like: Tensor) -> bool:
-    """Whether products of such a tensor are float32's, not TF32's."""
-    return like.dtype == torch.float32 and not uses_tf32(like.device)
+def is_exact(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether recurrent products of this type are float32's there, not TF32's."""
+    return dtype == torch.float32 and not uses_tf32(device)
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def compile_options() -> dict[str, Any]:
     return {name: value for name, value in options.items() if hasattr(CUDAOptions, name)}
 
 
-def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, Any]:
+def compile_time(plan: LaunchPlan, exact: bool, **switches: bool) -> dict[str, Any]:
     """The kernel's constexpr arguments for a plan, by name."""
     from .form import Form  # Triton is not on every machine
 
@@ -83,7 +83,7 @@ def compile_time(plan: LaunchPlan, tf32: bool, **switches: bool) -> dict[str, An
         H=plan.H, H_PAD=plan.H_pad, BLOCK_H=plan.BLOCK_H, BLOCK_B=plan.BLOCK_B,
         WARPS=plan.num_warps, BITS=plan.bits, SPLIT_K=plan.num_warps if plan.split else 1,
         CHUNKS=plan.chunks, STAGES=plan.stages, SOLO=plan.solo, U_SHARED=plan.u_shared,
-        WGMMA=plan.wgmma, EXACT=plan.bits == 32 and not tf32, NEWER=plan.newer,
+        WGMMA=plan.wgmma, EXACT=exact, NEWER=plan.newer,
     )  # fmt: skip
     return {"D": plan.D, "FORM": form, **switches}
 
@@ -105,9 +105,9 @@ def launch(
     T = shape[0] if offsets is None else len(offsets) - 1
     device, dtype = arguments[0].device, arguments[0].dtype
     raise_if_failed(device)
-    tf32 = dtype == torch.float32 and uses_tf32(device)
     groups, tiles_at_once, _ = plan.grid(B)
-    constants = compile_time(plan, tf32, PACKED=offsets is not None, **switches)
+    exact = is_exact(dtype, device)
+    constants = compile_time(plan, exact, PACKED=offsets is not None, **switches)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onnx, reference
 from .derivatives import Recurrence, forward_mode
-from .launch import is_exact, uses_tf32
+from .launch import is_exact
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 if importlib.util.find_spec("triton") is None:  # it exists for Linux only
@@ -190,8 +190,7 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, H: int, textbook: bo
         return WITHOUT_KERNELS
     if dtype not in _KERNEL_DTYPES:
         return f"the kernels compute in float16, bfloat16 and float32, not in {dtype}"
-    exact = dtype == torch.float32 and not uses_tf32(device)  # which takes more: asked for now
-    return _why_no_plan(device, dtype, H, textbook, exact)
+    return _why_no_plan(device, dtype, H, textbook, is_exact(dtype, device))
 
 
 @functools.cache
@@ -289,7 +288,8 @@ def _forward(
     if why_no_kernel(gx.device, gx.dtype, H, textbook) is None:
         gx, h0, w_hh = gx.contiguous(), h0.contiguous(), w_hh.contiguous()
         b_hh = None if b_hh is None else b_hh.contiguous()
-        plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook, is_exact(gx))
+        exact = is_exact(gx.dtype, gx.device)
+        plan = plan_for(gx.device, B, H, D, gx.dtype, False, textbook, exact)
         results = forward.gru_forward(gx, h0, w_hh, b_hh, offsets, plan=plan, **walk)
     else:
         warn_of_fallback(gx.device, gx.dtype, H, textbook)
@@ -332,7 +332,8 @@ def _backward(
         "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional,
     }  # fmt: skip
     if why_no_kernel(y.device, y.dtype, H, textbook) is None:
-        plan = plan_for(y.device, B, H, D, y.dtype, True, textbook, is_exact(y))
+        exact = is_exact(y.dtype, y.device)
+        plan = plan_for(y.device, B, H, D, y.dtype, True, textbook, exact)
         dy, dh_n, h0, w_hh, y, gates = (t.contiguous() for t in (dy, dh_n, h0, w_hh, y, gates))
         return backward.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, plan=plan, **walk)
     return reference.gru_backward(dy, dh_n, h0, w_hh, y, gates, offsets, **walk)

@@ -57,6 +57,14 @@ def unit_of_row(m, FORM: gl.constexpr):
 
 
 @gluon.jit
+def own_units(unit0, PER_WORD: gl.constexpr, L: gl.constexpr, FORM: gl.constexpr):
+    """The program's units in layout L, PER_WORD of them to an element, [BLOCK_H / PER_WORD], and
+    the rows of its tile, [BLOCK_B]."""
+    unit = gl.arange(0, FORM.BLOCK_H // PER_WORD, gl.SliceLayout(1, L))
+    return unit0 + PER_WORD * unit, gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))
+
+
+@gluon.jit
 def own_offsets(unit, STRIDE_ROW: gl.constexpr, L: gl.constexpr, FORM: gl.constexpr):
     """[BLOCK_H, BLOCK_B] in layout L, of what belongs to the program's units, `unit` [BLOCK_H].
 
@@ -91,8 +99,8 @@ def awaited_offsets(rows, STRIDE_ROW: gl.constexpr, FORM: gl.constexpr):
 def fetch(ptrs, mask, FORM: gl.constexpr):
     """Load, [BLOCK_H / PER_WORD, BLOCK_B], what `unpacked` makes float32 of.
 
-    What is masked stays undefined, which saves an instruction a load: nothing of rows that are not
-    real gets anywhere. Of units that are not, where it does, it is 0."""
+    What is masked may be anything, since to ask for a 0 can cost an instruction a load: nothing of
+    rows that are not real gets anywhere. Of units that are not, where it does, it is 0."""
     if FORM.PER_WORD == 2:
         ptrs = ptrs.to(gl.pointer_type(gl.int32), bitcast=True)
     if FORM.PADDING_SEEN:

@@ -330,8 +330,8 @@ PUBLISH = "                    publish(y, h, mask, FORM)\n"
 SETTLE = "arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)"
 WAIT_WGMMA = "            if c > 0:\n                sums = wgmma_wait(sums)\n"
 CORRECTIONS = [
-    '        acc = mma_v2(remainder(a, a_high), b_finite, acc, input_precision="tf32")\n',
-    '        acc = mma_v2(a_high, remainder(b, b_high), acc, input_precision="tf32")\n',
+    '        acc = mma_v2(remainder(a, a_high), finite(b_high), acc, input_precision="tf32")\n',
+    '        acc = mma_v2(finite(a_high), remainder(b, b_high), acc, input_precision="tf32")\n',
 ]
 MASK = "mask = mask_h[:, None] & (n_row < {})[None, :]"
 SOURCE = [
@@ -523,7 +523,7 @@ SOURCE = [
         "exact float32: an infinity multiplied twice",
         inf(EXACT),
         "tiles.py",
-        "mma_v2(remainder(a, a_high), b_finite",
+        "mma_v2(remainder(a, a_high), finite(b_high)",
         "mma_v2(remainder(a, a_high), b_high",
         NANS,
     ),
