@@ -221,29 +221,24 @@ def _gru_backward_kernel(
                         gl.store(dgx + H, da_z.to(dtype), mask=mask)
                         gl.store(dgx + 2 * H, (dh * f[4]).to(dtype), mask=mask)
                         dh = dh * f[5]
-                    if not (EARLY or SOLO):  # hidden behind the wait
-                        saved = _fetch_step(
-                            dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
-                            after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
-                            own_gates, D, TEXTBOOK, PACKED, FORM,
-                        )  # fmt: skip
+                    # What a later step reads is under way before the wait: it delays the first look,
+                    # which would be in vain, and takes what L2 gives to those that are not.
+                    if EARLY:
+                        f = _factors(saved, dtype, TEXTBOOK, FORM)
+                    saved = _fetch_step(
+                        dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
+                        after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
+                        own_gates, D, TEXTBOOK, PACKED, FORM,
+                    )  # fmt: skip
                     # wait
                     if SOLO:
                         tiles = states[3 * half : 3 * half + WAITED]
                     else:
                         source = row_dgh + awaited_now
                         tiles = await_tiles(source, wait_limit, error_ptr, WAITED * CHUNKS, 1, FORM)
-                    if EARLY:
-                        f = _factors(saved, dtype, TEXTBOOK, FORM)
-                    # product, and what a later step reads under way
+                    # product
                     u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
                     sums = product((u,), tiles, stages, place[0:1], FORM)
-                    if EARLY or SOLO:
-                        saved = _fetch_step(
-                            dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
-                            after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
-                            own_gates, D, TEXTBOOK, PACKED, FORM,
-                        )  # fmt: skip
                     # total
                     dh += total(sums[0], place[0], mask_h, FORM)
                     # on
@@ -261,7 +256,7 @@ def _gru_backward_kernel(
                     else:
                         row += step * B
                         load_row += step * B
-                        after_row += step * B
+                        after_row = load_row + step * B
         gl.store(dh0_ptr + h_rows + own_h, dh.to(dtype), mask=in_tile)
 
 

@@ -65,7 +65,7 @@ class Form:
         if self.SOLO:
             assert self.BLOCK_H == self.H_PAD and self.CHUNKS == 1 and not split
         assert (self.STAGES > 1) == (not self.SOLO and not split) and self.STAGES != 1
-        assert not self.STAGES or (shared and 4 * self.WARPS <= self.BLOCK_B)
+        assert not self.STAGES or (shared and 16 * self.lanes_k <= self.K * self.BITS // 8)
         if self.WGMMA:
             assert shared and self.BITS == 16 and self.BLOCK_H % 64 == 0 and self.BLOCK_B >= 16
 
@@ -135,12 +135,19 @@ class Form:
 
     @property
     def waited(self):
-        """A thread's own B fragments; or whole vectors, 128 bytes of a row by 8 lanes."""
+        """A thread's own B fragments; or whole vectors, 128 bytes of a row by 8 lanes, and by as
+        many warps as there are too many for 4 rows each."""
         if self.SPLIT_K > 1 or (self.SOLO and not self.WGMMA):
             return self.B
-        return gl.BlockedLayout([1, 128 // self.BITS, 1], [1, 8, 4], [1, 1, self.WARPS], [1, 2, 0])
+        warps = self.lanes_k // 8
+        return gl.BlockedLayout(
+            [1, 128 // self.BITS, 1], [1, 8, 4], [1, warps, self.WARPS // warps], [1, 2, 0]
+        )
 
-    lanes_k = property(lambda self: 4 if self.SPLIT_K > 1 else 8)  # that share a row
+    @property
+    def lanes_k(self) -> int:
+        """Threads that share a row."""
+        return 4 if self.SPLIT_K > 1 else 8 * max(1, 4 * self.WARPS // self.BLOCK_B)
 
     @property
     def VECTORS(self) -> int:

@@ -238,7 +238,7 @@ def _gru_forward_kernel(
                         mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
                     else:
                         row += step * B
-                        load_row += step * B
+                        load_row = row + AHEAD * step * B
         mask = mask_h[:, None] & (n_row < real)[None, :]
         gl.store(h_n_ptr + h_rows + own_h, h.to(dtype), mask=mask)
 

@@ -31,7 +31,7 @@ HELD_IF_EXACT = 100  # the parts of what is multiplied take the rest
 # The tiles to choose from: those that are the best ones somewhere.
 SOLO_TILES = ((8,), (16,), (32,))  # rows
 LATENCY_TILES = ((8, 4), (8, 8), (16, 8))  # rows, warps
-THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (64, 64, 16), (128, 32, 8))  # and units
+THROUGHPUT_TILES = ((64, 16, 4), (64, 32, 8), (64, 64, 8), (128, 32, 8))  # units, rows, warps
 NARROW_TILES = ((32, 32, 4), (32, 64, 8))  # where those have no room for U
 
 
@@ -205,24 +205,28 @@ class _Recurrence(NamedTuple):
 
 def _solo(of: _Recurrence, rows: int) -> LaunchPlan | None:
     H_pad = max(16, 1 << (of.H - 1).bit_length())  # sides of tiles are powers of two
-    wgmma = of.wgmma and rows == 32 and H_pad >= 64
-    if rows == 32 and not wgmma:  # the fragments of U and of as many rows would spill
-        return None
+    wgmma = of.wgmma and rows > 8 and H_pad >= 64
     # To split U into two TF32 parts takes registers: it would spill, hundreds of times a step.
     u_shared = wgmma or of.exact
+    # 16 units and 8 rows a warp, as far as registers go: they hold U, but for wgmma. Parts of U are
+    # made by each warp that multiplies by them.
+    tiles = H_pad // 16 * rows // 8
+    warps = min(tiles, H_pad // 16 if of.exact else 16 if wgmma else 8)
+    if tiles > 2 * warps and not wgmma:  # it would spill
+        return None
     states = 3 if of.backward else 2 if of.textbook else 1
     shared = of.itemsize * H_pad * (2 * states * rows + 3 * H_pad * u_shared)
     return LaunchPlan(
         H=of.H, D=of.D, bits=8 * of.itemsize, H_pad=H_pad, BLOCK_H=H_pad, BLOCK_B=rows,
-        num_warps=H_pad // 16, shared_bytes=shared, solo=True, u_shared=int(u_shared), wgmma=wgmma,
+        num_warps=warps, shared_bytes=shared, solo=True, u_shared=int(u_shared), wgmma=wgmma,
     )  # fmt: skip
 
 
 def _latency(of: _Recurrence, rows: int, warps: int) -> LaunchPlan | None:
     vector_k = 64 // of.itemsize  # of two MMAs: what a row's 16-byte vectors of four threads hold
     K = -(-of.H // (vector_k * warps)) * vector_k  # of one warp
-    # Chunks are chains of products of their own: a forward pass with few rows has too few else.
-    chunk = min(K & -K, (64 if rows == 8 and not of.backward else 128) * 2 // of.itemsize)
+    # Chunks are chains of products of their own: with few rows there are too few else.
+    chunk = min(K & -K, (64 if rows == 8 else 128) * 2 // of.itemsize)
     tile = (3 if of.backward else 1) * of.itemsize * K * rows // 128  # registers of a thread
     u = 3 * of.itemsize * 16 * K // 128
     u_shared = 0
@@ -246,8 +250,8 @@ def _throughput(of: _Recurrence, block_h: int, rows: int, warps: int) -> LaunchP
     H_pad = -(-of.H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
     wgmma = of.wgmma and block_h >= 64
-    if warps == 16 and not (wgmma and H_pad <= 256):  # 128 registers a thread: it would spill
-        return None
+    if wgmma and not of.backward and block_h * rows == 4096:  # what is held backward would spill
+        warps = 16
     stages = 2
     shared = of.itemsize * (3 * block_h * H_pad + stages * chunk * rows)
     return LaunchPlan(
