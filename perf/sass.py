@@ -109,14 +109,15 @@ class Instruction:
     name: str = field(init=False)  # without suffixes
     unit: str = field(init=False)
     first: str = field(init=False)  # operand, mostly where the result goes
-    strong: bool = field(init=False)  # a load that sees what other SMs have stored
+    strong: bool = field(init=False)  # a load of what another program publishes
 
     def __post_init__(self) -> None:
         body = self.text.removeprefix(f"@{self.predicate} ").removeprefix(self.opcode)
         self.first = body.split(",")[0].strip()
         self.name = self.opcode.partition(".")[0]
         self.unit = unit_of(self.name)
-        self.strong = self.opcode.startswith(("LDG", "LD.")) and "STRONG" in self.opcode
+        # That of the error flag, which a wait that takes long looks at, is a STRONG.SYS.
+        self.strong = self.opcode.startswith(("LDG", "LD.")) and "STRONG.GPU" in self.opcode
 
 
 @dataclass

@@ -94,6 +94,22 @@ def test_a_tile_is_visible_after_its_last_store():
     assert late.clocks - early.clocks == pytest.approx(6 * H100.hmma, rel=0.3)
 
 
+def test_the_error_flag_is_not_what_is_waited_for():
+    """Its register may have held a tile that was begun too early, and then moved: nothing waits for
+    that any more."""
+    flag = [
+        code("@P2 BRA `(.L_x_4)", stall=5),
+        code("LDG.E.STRONG.SYS R12, [R2.64]", sets=3),
+        ".L_x_4:\n",
+    ]
+    poll = [*POLL[:4], *flag, *POLL[4:]]
+    begun = code("LDG.E.128.STRONG.GPU R12, [R6.64+0x100]", sets=4)
+    with_flag, without = (
+        model(time_loop(*wait, *chain(4), *PUBLISH, begun)) for wait in (poll, POLL)
+    )
+    assert with_flag.clocks == pytest.approx(without.clocks, rel=0.05)
+
+
 def test_phases_add_up_to_the_step():
     result = model(time_loop(*POLL, *chain(4), code("LDS R9, [R3]", waits=[0], sets=2), *PUBLISH))
     (p,) = result.phases
