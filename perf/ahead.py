@@ -18,6 +18,7 @@ import torch
 from trigru import backward, forward, reference
 from trigru.__main__ import computed, problems
 from trigru.accuracy import problem
+from trigru.launch import is_exact
 from trigru.plan import DeviceLimits, LaunchPlan, NoPlan, device_limits, plan_launch
 
 from . import floor_kernels
@@ -125,10 +126,11 @@ def workers() -> int:
 
 
 def run_on_all_cores(jobs: Sequence[Job], device: torch.device, set_up: Call) -> bool:
-    """Run the jobs in processes that have called `set_up`; whether none raised anything. The first
-    thing that one raised is told."""
+    """Run the jobs in processes that have called `set_up`, and where float32's products are as they
+    are here; whether none raised anything. The first thing that one raised is told."""
     good, context = True, get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers(), context, initializer=set_up) as pool:
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    with ProcessPoolExecutor(workers(), context, begin_worker, (set_up, precision)) as pool:
         done = as_completed([pool.submit(job, device) for job in jobs])
         for future in tqdm(done, desc="compile", total=len(jobs)):
             if error := future.exception():
@@ -138,15 +140,21 @@ def run_on_all_cores(jobs: Sequence[Job], device: torch.device, set_up: Call) ->
     return good
 
 
+def begin_worker(set_up: Call, precision: str) -> None:
+    torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
+    set_up()
+
+
 def kernels_of(cases: Iterable[Case], limits: DeviceLimits) -> Iterator[Kernel]:
     """The kernels that the cases launch, some of them more than once."""
     for case in cases:
-        textbook = case.variant == "textbook"
+        textbook, dtype = case.variant == "textbook", DTYPES[case.dtype]
+        exact = is_exact(dtype, torch.device("cuda"))
         for backward_, save in ((False, False), (False, True), (True, False)):
             try:
                 plan = plan_launch(
-                    limits, B=case.B, H=case.H, D=case.directions,
-                    itemsize=DTYPES[case.dtype].itemsize, backward=backward_, textbook=textbook,
+                    limits, B=case.B, H=case.H, D=case.directions, itemsize=dtype.itemsize,
+                    backward=backward_, textbook=textbook, exact=exact,
                 )  # fmt: skip
             except NoPlan:
                 continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trigru import accuracy, backward, forward, reference
-from trigru.launch import raise_if_failed
+from trigru.launch import is_exact, raise_if_failed
 from trigru.plan import LaunchPlan, candidates, clocks, device_limits
 
 from .measure import FACTS, append_row, facts, is_lost, kernel_hash, now
@@ -127,9 +127,10 @@ def make_problem(trial: Trial, device: torch.device) -> Problem:
 def plan_of(trial: Trial, device: torch.device) -> LaunchPlan:
     """The best one of the trial's regime, which need not be the best of all."""
     which = {"backward": trial.walk == "backward", "textbook": trial.variant == "textbook"}
+    dtype = DTYPES[trial.dtype]
     plans = candidates(
-        device_limits(device), B=trial.B, H=trial.H, D=trial.directions,
-        itemsize=DTYPES[trial.dtype].itemsize, **which,
+        device_limits(device), B=trial.B, H=trial.H, D=trial.directions, itemsize=dtype.itemsize,
+        exact=is_exact(dtype, device), **which,
     )  # fmt: skip
     of_regime = [plan for plan in plans if plan.regime == trial.regime]
     return min(of_regime, key=lambda plan: clocks(plan, trial.B, **which))

@@ -150,6 +150,7 @@ def plan_of(case: Case, backward: bool, limits: DeviceLimits) -> LaunchPlan:
     return plan_launch(
         limits, B=case.B, H=case.H, D=case.directions, itemsize=itemsize(case),
         backward=backward, textbook=case.variant == "textbook",
+        exact=dtype_name(case.dtype, torch.device("cuda")) == "fp32",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import random
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -109,14 +109,19 @@ class Instruction:
     name: str = field(init=False)  # without suffixes
     unit: str = field(init=False)
     first: str = field(init=False)  # operand, mostly where the result goes
-    strong: bool = field(init=False)  # a load that sees what other SMs have stored
+    copies: str = field(init=False)  # the register that it copies to `first`
+    strong: bool = field(init=False)  # a load of what another program publishes
 
     def __post_init__(self) -> None:
         body = self.text.removeprefix(f"@{self.predicate} ").removeprefix(self.opcode)
         self.first = body.split(",")[0].strip()
         self.name = self.opcode.partition(".")[0]
+        registers = re.findall(r"\bR\d+", body)
+        moves = self.name == "MOV" or self.opcode.startswith("IMAD.MOV")
+        self.copies = registers[1] if moves and len(registers) == 2 else ""
         self.unit = unit_of(self.name)
-        self.strong = self.opcode.startswith(("LDG", "LD.")) and "STRONG" in self.opcode
+        # That of the error flag, which a wait that takes long looks at, is a STRONG.SYS.
+        self.strong = self.opcode.startswith(("LDG", "LD.")) and "STRONG.GPU" in self.opcode
 
 
 @dataclass
@@ -322,18 +327,13 @@ class Exchanges:
 
     group_of: dict[int, int]  # publishing store → its group: those without a wait in between
     sizes: Counter[int]  # stores of each group
-    exits: dict[int, tuple[int, int]]  # the branch that leaves a polling loop → that loop
+    looks: dict[int, tuple[int, int]]  # a branch by which a polling loop is left → that loop
     awaited: dict[int, tuple[int, int]]  # a polling loop's end → a group, and 0 or −1 passes
 
 
 def find_exchanges(loop: Loop, publish_lines: Collection[str]) -> Exchanges:
-    exits = {
-        k: (a, b)
-        for a, b in loop.polls
-        for k in range(a, b)
-        if loop.instructions[k].name == "BRA" and (loop.target(k) or 0) > b
-    }
-    ends = {end for _, end in exits.values()}
+    looks = {k: poll for poll in loop.polls for k in looks_of(loop, *poll)}
+    ends = {end for _, end in looks.values()}
     group, new = -1, True
     group_of: dict[int, int] = {}
     last: dict[int, int] = {}  # a polling loop's end → the group before it; −1 if there is none
@@ -347,7 +347,21 @@ def find_exchanges(loop: Loop, publish_lines: Collection[str]) -> Exchanges:
     if last and not group_of:
         raise ValueError(f"the time loop waits, but none of {sorted(publish_lines)} stores in it")
     awaited = {end: (g, 0) if g >= 0 else (group, -1) for end, g in last.items()}
-    return Exchanges(group_of, Counter(group_of.values()), exits, awaited)
+    return Exchanges(group_of, Counter(group_of.values()), looks, awaited)
+
+
+def looks_of(loop: Loop, start: int, end: int) -> Iterator[int]:
+    """The branches that end a wait when all is there: after a polling loop's loads the first one
+    out of it, or if there is none, the one back, which then is not taken; before a loop that looks
+    at what was begun earlier the one past it, to where branches of the loop go, too."""
+    code = loop.instructions
+    branches = [k for k in range(loop.start, end + 1) if code[k].name == "BRA"]
+    loaded = max(k for k in range(start, end) if code[k].strong)
+    out = {k: to for k in branches if k >= start and (to := loop.target(k) or 0) > end}
+    after = [k for k in branches if k > loaded and (k in out or (k == end and code[k].predicate))]
+    yield from after[:1]
+    before = [k for k in branches if k < start][-1:]
+    yield from (k for k in before if code[k].predicate and loop.target(k) in out.values())
 
 
 # --- one program, clock by clock
@@ -457,6 +471,8 @@ class Simulation:
 
     def issue(self, scheduler: Scheduler, warp: Warp, i: Instruction) -> None:
         counted = warp.passes == COUNTED
+        if i.copies in warp.loaded:
+            warp.loaded[i.first] = warp.loaded.pop(i.copies)
         self.issued[i.name] += counted
         if times := self.execute(scheduler, warp, i):
             for board, time in zip((i.sets, i.reads), times, strict=True):
@@ -578,18 +594,19 @@ class Simulation:
 
     def branch(self, warp: Warp, i: Instruction) -> int:
         """Where a warp goes on: traps and other rare branches are not taken."""
-        at, to = warp.at, self.loop.target(warp.at)
+        at, to = warp.at, self.loop.target(warp.at) or 0
         if at == self.loop.end:
             self.ends[warp.passes] = self.now
             warp.passes += 1
             return self.loop.start
-        if at in self.exchanges.exits:
-            start, end = self.exchanges.exits[at]
-            return to if to is not None and self.arrived(warp, start, end) else at + 1
+        if at in self.exchanges.looks:
+            start, end = self.exchanges.looks[at]
+            onwards, back = (at + 1, start) if at == end else (to, at + 1)
+            return onwards if self.arrived(warp, start, end) else back
         for start, end in self.loop.polls:
             if at == end:
                 return start
-        if to is None or to <= at:
+        if to <= at:
             return at + 1
         # Within a wait, past what only every 64th poll does.
         skips = any(start <= at < to <= end for start, end in self.loop.polls)

@@ -83,8 +83,6 @@ def write_static(path: Path) -> None:
             append_row(path, COLUMNS, row_of(kernel))
         except NoPlan as error:
             tqdm.write(f"no plan: {error}")
-        except RuntimeError as error:  # of the model, which cannot follow every schedule of ptxas
-            tqdm.write(f"no estimate: {kernel}: {error}")
 
 
 def row_of(kernel: Kernel) -> dict[str, Any]:

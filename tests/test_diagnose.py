@@ -7,8 +7,9 @@ import torch
 from perf import diagnose
 from perf.compiling import TARGETS
 from perf.sweep import DeviceLost
-from trigru import reference
+from trigru import launch, reference
 from trigru.launch import ExchangeTimeout
+from trigru.plan import candidates
 
 CPU = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -184,10 +185,18 @@ def test_a_process_that_ends_leaves_word_of_the_kernel(lab, capsys):
     assert torch.load(lab.dump)["trial"]["regime"] == "throughput"
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("sm", TARGETS)
-def test_every_trial_has_a_plan_of_its_regime(monkeypatch, sm):
+def test_every_trial_has_a_plan_of_its_regime(monkeypatch, sm, exact):
+    """That is for float32's products as they are there."""
     monkeypatch.setattr(diagnose, "device_limits", lambda device: TARGETS[sm])
+    monkeypatch.setattr(launch, "uses_tf32", lambda device: not exact)
     plans = {trial: diagnose.plan_of(trial, CPU) for trial in diagnose.trials()}
+    for trial in (trial for trial in plans if trial.dtype == "fp32"):
+        assert plans[trial] in candidates(
+            TARGETS[sm], B=trial.B, H=trial.H, D=trial.directions, itemsize=4, exact=exact,
+            backward=trial.walk == "backward", textbook=trial.variant == "textbook",
+        )  # fmt: skip
     assert all(plan.regime == trial.regime for trial, plan in plans.items())
     assert {plan.regime for plan in plans.values()} == {"solo", "latency", "throughput"}
     assert max(trial.H for trial in plans) == 256  # of which a dump is small

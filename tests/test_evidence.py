@@ -144,6 +144,19 @@ def test_kernels_of_all_shapes():
     }
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_kernels_are_those_of_float32_s_products_there(monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+    monkeypatch.setattr(ops, "device_limits", lambda device: TARGETS[90])
+    case = Case("torch", "fp32", T=50, B=64, I=64, H=256)
+    exact = launch.is_exact(torch.float32, CUDA)
+    ops.plan_for.cache_clear()
+    asked = [ops.plan_for(CUDA, 64, 256, 1, torch.float32, b, False, exact) for b in (False, True)]
+    ops.plan_for.cache_clear()
+    forward, saving, backward = (k.plan for k in ahead.kernels_of([case], TARGETS[90]))
+    assert [forward, saving, backward] == [asked[0], asked[0], asked[1]]
+
+
 def test_packed_kernels_are_compiled_ahead_for_packed_shapes(monkeypatch):
     packed = Case("torch", "bf16", T=50, B=20, I=64, H=64, packed=True)
     launched = []
@@ -162,6 +175,7 @@ def test_packed_kernels_are_compiled_ahead_for_packed_shapes(monkeypatch):
 
 def works(device):
     assert device == CPU
+    assert torch.backends.cudnn.rnn.fp32_precision == "ieee"  # as where the jobs come from
 
 
 def breaks(device):
@@ -177,7 +191,8 @@ def set_up():
 
 
 @pytest.mark.parametrize("job, says", [(breaks, "no registers left"), (dies, "BrokenProcessPool")])
-def test_what_does_not_compile_is_told_once_and_ends_nothing(capsys, job, says):
+def test_what_does_not_compile_is_told_once_and_ends_nothing(capsys, monkeypatch, job, says):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     assert not ahead.run_on_all_cores([works, job, job, works], CPU, set_up)
     assert capsys.readouterr().out.count(says) == 1
     assert ahead.run_on_all_cores([works] * 3, CPU, set_up)

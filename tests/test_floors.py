@@ -50,7 +50,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def plans(limits, *, B, H, D, itemsize, backward, textbook):
+def plans(limits, *, B, H, D, itemsize, backward, textbook, exact):
     """Stands in for plan_launch, whose choice may change: programs of 16 units forward, half of
     whose U is in shared memory, and of 32 backward, with all of it there."""
     if H > 2048:
@@ -293,11 +293,15 @@ def test_exchanges_are_the_distinct_ones_of_both_passes(known_plans):
 def test_plans_are_those_of_the_library(monkeypatch):
     monkeypatch.setattr(floors, "plan_launch", lambda limits, **shape: (limits, shape))
     case = GROUP._replace(B=7, directions=2)
-    shape = dict(B=7, H=512, D=2, itemsize=2, backward=False, textbook=False)
+    shape = dict(B=7, H=512, D=2, itemsize=2, backward=False, textbook=False, exact=False)
     assert floors.plan_of(case, False, H100) == (H100, shape)
-    case = case._replace(variant="textbook", dtype="fp32")
     shape |= dict(itemsize=4, backward=True, textbook=True)
-    assert floors.plan_of(case, True, H100) == (H100, shape)
+    for precision, dtype, exact in (
+        ("tf32", "fp32", False), ("ieee", "fp32", True), ("ieee", "tf32", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        case = case._replace(variant="textbook", dtype=dtype)
+        assert floors.plan_of(case, True, H100) == (H100, shape | {"exact": exact})
 
 
 @pytest.mark.parametrize("sm", TARGETS)

@@ -179,6 +179,9 @@ def test_description_names_what_matters():
     assert "walks 8 batch rows at a time" in text
     assert "in registers and shared memory" in plan(H=2048).describe(16)
     assert "in shared memory" in plan(H=256, B=1024).describe(16)
+    assert "16 of 1000 hidden units of U, padded to 1024 along K, in" in plan(H=1000).describe(16)
+    assert "48 of 48 hidden units of U, padded to 64 along K, in" in plan(H=48).describe(16)
+    assert not any("padded" in plan(H=H).describe(16) for H in (64, 1024))
     one = plan(H=64, B=1).describe(1)
     assert "one program per batch tile, 1 program of" in one and "1 batch row at a time" in one
 

@@ -94,6 +94,73 @@ def test_a_tile_is_visible_after_its_last_store():
     assert late.clocks - early.clocks == pytest.approx(6 * H100.hmma, rel=0.3)
 
 
+def test_the_error_flag_is_not_what_is_waited_for():
+    """Its register may have held a tile that was begun too early, and then moved: nothing waits for
+    that any more."""
+    flag = [
+        code("@P2 BRA `(.L_x_4)", stall=5),
+        code("LDG.E.STRONG.SYS R12, [R2.64]", sets=3),
+        ".L_x_4:\n",
+    ]
+    poll = [*POLL[:4], *flag, *POLL[4:]]
+    begun = code("LDG.E.128.STRONG.GPU R12, [R6.64+0x100]", sets=4)
+    with_flag, without = (
+        model(time_loop(*wait, *chain(4), *PUBLISH, begun)) for wait in (poll, POLL)
+    )
+    assert with_flag.clocks == pytest.approx(without.clocks, rel=0.05)
+
+
+BEGIN = code("LDG.E.128.STRONG.GPU R16, [R6.64+0x100]", sets=4)
+
+
+def settle(register, *, copy=()):
+    """A wait for what was begun, as ptxas lays it out: a look, and a loop that ends in another."""
+    look = [code(f"ISETP.NE.AND P1, PT, {register}, -0x1, PT", waits=[1, 4], stall=13)]
+    return [
+        *copy, *look,
+        code("@P1 BRA `(.L_x_8)", stall=5),
+        ".L_x_6:\n",
+        code("@P2 BRA `(.L_x_5)", stall=5),
+        code("LDG.E.STRONG.SYS R3, [R2.64]", sets=3),
+        code("@P3 BRA `(.L_x_8)", waits=[3], stall=5),
+        ".L_x_5:\n",
+        code("@P4 BRA `(.L_x_7)", stall=5),  # the limit
+        code(f"LDG.E.128.STRONG.GPU {register}, [R6.64+0x100]", sets=1), *look,
+        code("@!P1 BRA `(.L_x_6)", stall=5),
+        code("BRA `(.L_x_8)", stall=5),
+        ".L_x_7:\n",
+        code("STG.E.STRONG.SYS [R2.64], R3"),
+        ".L_x_8:\n",
+    ]  # fmt: skip
+
+
+SETTLES = {
+    "in place": settle("R16"),
+    "copied": settle("R20", copy=[code("IMAD.MOV.U32 R20, RZ, RZ, R16", waits=[4])]),
+    "copied on sm_120": settle("R20", copy=[code("MOV R20, R16   &req={4} ?trans1", waits=[4])]),
+}
+
+
+@pytest.mark.parametrize("settled", SETTLES.values(), ids=SETTLES.keys())
+def test_what_was_begun_when_it_was_there_is_not_waited_for(settled):
+    """It costs a look, and nothing of its loop: no other look, and not what follows the limit."""
+    hidden = model(time_loop(*POLL, BEGIN, *chain(12), *settled, *PUBLISH))
+    without = model(time_loop(*POLL, *chain(12), *PUBLISH))
+    assert hidden.clocks - without.clocks < 30
+    assert hidden.issued["ISETP"] == hidden.issued["LDG"]  # a look for each load
+    assert hidden.issued["STG"] == 1
+
+
+@pytest.mark.parametrize("settled", SETTLES.values(), ids=SETTLES.keys())
+def test_what_was_begun_too_early_is_waited_for(settled):
+    """Right after the last store L2 shows nothing yet: the first look misses, and the loop ends as
+    any that polls."""
+    early = model(time_loop(*settled, *chain(4), *PUBLISH, BEGIN))
+    polled = model(time_loop(*POLL, *chain(4), *PUBLISH))
+    assert early.clocks == pytest.approx(polled.clocks, rel=0.1)
+    assert early.issued["LDG"] > 1 and early.issued["STG"] == 1
+
+
 def test_phases_add_up_to_the_step():
     result = model(time_loop(*POLL, *chain(4), code("LDS R9, [R3]", waits=[0], sets=2), *PUBLISH))
     (p,) = result.phases

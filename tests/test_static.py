@@ -22,6 +22,16 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         assert not file.read()
 
 
+def test_a_kernel_that_the_model_cannot_follow_is_an_error(tmp_path, monkeypatch):
+    def stuck(*args, **kwargs):
+        raise RuntimeError("the simulation does not end")
+
+    monkeypatch.setattr(static, "kernels", lambda: iter([Kernel(90, "torch", False, 128, 16)]))
+    monkeypatch.setattr(static, "estimated", stuck)
+    with pytest.raises(RuntimeError, match="does not end"):
+        static.write_static(tmp_path / "static.csv")
+
+
 def test_a_row():
     row = static.row_of(Kernel(120, "textbook", True, 256, 64))
     assert tuple(row) == COLUMNS

@@ -111,9 +111,10 @@ class LaunchPlan:
         where = {0: "registers", self.chunks: "shared memory"}.get(
             self.u_shared, "registers and shared memory"
         )
+        padded = f", padded to {self.H_pad} along K," if self.H_pad > self.H else ""
         return (
             f"{form}, {count} program{'s' * (count != 1)} of {self.num_warps} warps; each keeps "
-            f"{min(self.BLOCK_H, self.H)} of {self.H} hidden units of U in {where} "
+            f"{min(self.BLOCK_H, self.H)} of {self.H} hidden units of U{padded} in {where} "
             f"({self.shared_bytes / 1024:.0f} KiB of shared memory in all) and walks "
             f"{self.rows} batch row{'s' * (self.rows != 1)} at a time"
         )
