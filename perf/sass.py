@@ -499,7 +499,7 @@ class Simulation:
         now, params = self.now, self.params
         done, busy = now + 4.0, 1.0
         if i.unit == "HMMA":
-            half = 2 if "1688" in i.opcode else 1  # m16n8k8
+            half = 2 if "1688" in i.opcode and "TF32" not in i.opcode else 1  # m16n8k8 of 16 bits
             busy, done = params.hmma_interval / half, now + params.hmma
             self.products.append(now)
         elif i.unit == "HGMMA":
@@ -541,8 +541,8 @@ class Simulation:
         if i.opcode.startswith(("LDG", "LD.")):
             if not i.strong:
                 return self.turn(i, now) + params.weak_load, now + 14
-            if warp.loaded.get(i.first) and self.polling(warp.at):
-                return None  # what is there is not loaded again
+            if i.predicate and warp.loaded.get(i.first) and self.polling(warp.at):
+                return None  # its predicate: what is there is not loaded again
             return self.strong_load(warp, i), now + 14
         if i.opcode.startswith(("STG", "ST.")):
             if warp.at in self.exchanges.group_of:

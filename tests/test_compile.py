@@ -31,6 +31,7 @@ ELSEWHERE = [
     for sm in TARGETS
     for dtype, H in ((BF16, 768), (FP16, 60), (FP32, 256))
     for which in (PASSES[0], PASSES[3])
+    if dtype != FP16 or sm in (80, 90)  # what sm_80 has is all that the others use
 ]
 
 
@@ -42,13 +43,12 @@ class Kernel(NamedTuple):
 
     @property
     def waits(self):
-        """Of a step, those that all else waits for."""
-        return 0 if self.plan.solo else 2 if self.textbook else 1
-
-    @property
-    def operands(self):
-        """Of H values each, that are awaited in a step."""
-        return 0 if self.plan.solo else 3 if self.backward else 2 if self.textbook else 1
+        """Of a step, those that all else waits for: of how many tiles of H values each."""
+        if self.plan.solo:
+            return ()
+        if self.textbook:
+            return (1, 2) if self.backward else (1, 1)
+        return (3,) if self.backward else (1,)
 
     def in_loop(self, opcode):
         """How often the opcode is in the time loop, for each of its steps."""
@@ -72,13 +72,17 @@ def build(sm, dtype, H, B, backward, textbook, **options):
 def check(kernel, spills=0):
     plan, compiled = kernel.plan, kernel.compiled
     assert compiled.shared_bytes <= plan.shared_bytes
-    # The loop and the odd last step after it: in each, one poll and at most one loading ahead.
-    # Every poll moves 16 bytes a thread, from L2, and nothing else is polled but the flag.
+    # The loop and the odd last step after it: in each, one poll, one for what has not arrived where
+    # that is many vectors, and at most one loading ahead. Every load moves 16 bytes a thread, from
+    # L2, and nothing else is polled but the flag.
     strong = re.findall(r"ld\.(?:relaxed|volatile|acquire)\.\S+", compiled.ptx)
     polls = [load for load in strong if ".sys." not in load]
     assert set(polls) == ({"ld.relaxed.gpu.global.v4.b32"} if kernel.waits else set())
     threads = 32 * plan.num_warps
-    vectors = kernel.operands * plan.H_pad * plan.BLOCK_B * plan.bits // 128 // threads
+    of_tile = plan.H_pad * plan.BLOCK_B * plan.bits // 128 // threads
+    vectors = sum(of_tile * tiles for tiles in kernel.waits)
+    if not plan.stages:
+        vectors += sum(of_tile * tiles for tiles in kernel.waits if of_tile * tiles >= 8)
     bodies = STEPS_PER_PASS + 1
     begun = len(polls) - bodies * vectors  # chunks that are loaded before they are tested
     assert begun == 0 if not plan.stages else 0 <= begun < bodies * vectors
@@ -113,7 +117,7 @@ def test_float32_products(backward, textbook, H):
         assert "cvt.rna.tf32.f32" in kernel.compiled.ptx
 
 
-@pytest.mark.parametrize("H", [60, 256, 512, 1024])
+@pytest.mark.parametrize("H", [60, 256, 1024])
 @pytest.mark.parametrize(("backward", "textbook"), PASSES)
 def test_packed(backward, textbook, H):
     check(build(90, BF16, H, 64, backward, textbook, packed=True), spills=4)

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = {2: torch.int16, 4: torch.int32}
+REGIMES = ("latency", "latency, many", "throughput")  # vectors a wait
 CASES = pytest.mark.parametrize(
     ("sm", "regime", "dtype"),
-    [(sm, r, dtype) for sm in (80, 90) for r in ("latency", "throughput") for dtype in DTYPES],
+    [(sm, r, dtype) for sm in (80, 90) for r in REGIMES for dtype in DTYPES],
     ids=str,
 )
 # Halves of words that a test for the sentinel, all bits one, could take for it or for its absence
@@ -53,9 +54,9 @@ def _exchange_kernel(source_ptr, y_ptr, out_ptr, error_ptr, lost, limit, FORM: g
 
 
 def form_of(sm, regime, dtype):
-    bits, chunks = 8 * dtype.itemsize, 2
+    bits, chunks = 8 * dtype.itemsize, 8 if "many" in regime else 2
     how = {"WARPS": 4, "BITS": bits, "CHUNKS": chunks, "NEWER": sm >= 90}
-    if regime == "latency":  # the least that can be multiplied at once
+    if "latency" in regime:  # the least that can be multiplied at once
         H = chunks * 4 * 512 // bits
         return Form(H, H, 16, 8, SPLIT_K=4, **how)
     H = chunks * 128  # two vectors a thread, or four
@@ -92,6 +93,30 @@ def published(source):
     """As it arrives: the sentinel has become another NaN."""
     bits = bits_of(source)
     return torch.where(bits == -1, -2, bits)
+
+
+@gluon.jit
+def _offsets_kernel(out_ptr, STRIDE: gl.constexpr, FORM: gl.constexpr):
+    L: gl.constexpr = FORM.out
+    unit = gl.arange(0, FORM.BLOCK_H, gl.SliceLayout(1, L))
+    own = own_offsets(unit, STRIDE, L, FORM)
+    gl.store(out_ptr + own_offsets(unit, FORM.BLOCK_H, L, FORM), own)
+
+
+@pytest.mark.parametrize("stride", [100, 2**28, 2**29, 2**40])
+def test_own_offsets_of_any_stride(stride):
+    """Up to 2³² elements in all they are made in 32 bits."""
+    form = form_of(90, "throughput", torch.bfloat16)  # 16 rows
+    out = torch.zeros(form.BLOCK_B, form.BLOCK_H, dtype=torch.int64)
+    emulator = Emulator()
+    emulator.kernels = ((sys.modules[__name__], "_offsets_kernel"),)
+    with emulator:
+        _offsets_kernel[(1, 1, 1)](
+            out, STRIDE=stride, FORM=form, num_warps=form.WARPS, **compile_options()
+        )
+    rows, units = torch.arange(form.BLOCK_B), torch.arange(form.BLOCK_H)
+    assert torch.equal(out, rows[:, None] * stride + units)
+    assert emulator.faults == []
 
 
 @CASES

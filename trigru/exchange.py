@@ -105,7 +105,7 @@ def wait(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
 def begin(ptrs, TILE: gl.constexpr, FORM: gl.constexpr):
     """Load tile number TILE as it is now, that is, have it under way: it has probably arrived."""
     return gl.inline_asm_elementwise(
-        _loads_asm(TILE, 1, FORM), _loads_constraints(FORM), [ptrs.to(gl.int64)],
+        _lines(_loads_asm(TILE, 1, FORM)), _loads_constraints(FORM), [ptrs.to(gl.int64)],
         dtype=ptrs.dtype.element_ty, is_pure=False, pack=FORM.VECTORS * 128 // FORM.BITS,
     )  # fmt: skip
 
@@ -142,8 +142,13 @@ def _repeated(element, count):
 
 
 @gluon.constexpr_function
+def _lines(lines):
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
 def _loads_asm(first, tiles, form):
-    """PTX for one thread: load its vectors of the tiles number `first` and on.
+    """PTX for one thread: a load for each of its vectors of the tiles number `first` and on.
 
     Operands: the 4 words of each vector, out; then for each element of a tile its address (used of
     the first vector in each row; the others are constants away)."""
@@ -155,48 +160,59 @@ def _loads_asm(first, tiles, form):
             offset = (first + t) * form.TILE_STRIDE + in_row * form.VECTOR_STRIDE
             words = ", ".join(f"${4 * (t * form.VECTORS + v) + w}" for w in range(4))
             lines += [f"ld.relaxed.gpu.global.v4.b32 {{{words}}}, [${address}+{offset}];"]
-    return "\n".join(lines)
+    return lines
+
+
+@gluon.constexpr_function
+def _arrived_asm(words, form):
+    """PTX for one thread: set p if no element of these words, 4 or more, is the sentinel."""
+    if form.BITS == 32:
+        lines = [f"max.u32 a, {words[0]}, {words[1]};"]
+        lines += [f"max.u32 a, a, {w};" for w in words[2:]]
+        return [*lines, "setp.ne.u32 p, a, 0xFFFFFFFF;"]
+    # Is any half word 0xFFFF? Each half on its own: its neighbour may not have arrived.
+    # With u = ~w: some half of u is 0 <=> (u - 0x00010001) & ~u & 0x80008000 != 0.
+    if form.NEWER:  # one test of the halves' maxima, made by two chains
+        lines = [f"max.u16x2 a, {words[0]}, {words[1]};", f"max.u16x2 b, {words[2]}, {words[3]};"]
+        for one, other in zip(words[4::2], words[5::2], strict=True):
+            lines += [f"max.u16x2 a, a, {one};", f"max.u16x2 b, b, {other};"]
+        lines += ["max.u16x2 a, a, b;", "sub.u32 b, 0xFFFEFFFE, a;", "and.b32 a, a, b;"]
+    else:
+        lines = [f"sub.u32 b, 0xFFFEFFFE, {words[0]};", f"and.b32 a, b, {words[0]};"]
+        for w in words[1:]:
+            lines += [f"sub.u32 b, 0xFFFEFFFE, {w};", f"lop3.b32 a, b, {w}, a, 0xEA;"]  # b&w|a
+    return [*lines, "and.b32 a, a, 0x80008000;", "setp.eq.u32 p, a, 0;"]
 
 
 @gluon.constexpr_function
 def _wait_asm(first, tiles, begun, form):
     """PTX for one thread: load its vectors of the tiles until no element is the sentinel; if
-    `begun`, begin with a look at what has been loaded before.
+    `begun`, begin with a look at what has been loaded before. Where they are many, which L2 takes
+    longer for than the tests of each, only those are loaded again of which an element was one.
 
     Operands: as of the loads; for each element of a tile the limit, then the flag's address; the 4
     words of each vector that has been loaded."""
     outs, inputs = 4 * tiles * form.VECTORS, 128 // form.BITS * form.VECTORS
     words = [f"${k}" for k in range(outs)]
     limit, flag = f"${outs + inputs}", f"${outs + 2 * inputs}"
+    loads = _loads_asm(first, tiles, form)
     lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;"]
     if begun:
         lines += [f"mov.b32 ${k}, ${outs + 3 * inputs + k};" for k in range(outs)]
         lines += ["bra TEST;"]
-    lines += ["TRY:", _loads_asm(first, tiles, form), "TEST:"]
-    if form.BITS == 32:
-        lines += [f"max.u32 a, {words[0]}, {words[1]};"]
-        lines += [f"max.u32 a, a, {w};" for w in words[2:]]
-        lines += ["setp.ne.u32 p, a, 0xFFFFFFFF;"]
-    else:
-        # Is any half word 0xFFFF? Each half on its own: its neighbour may not have arrived.
-        # With u = ~w: some half of u is 0 <=> (u - 0x00010001) & ~u & 0x80008000 != 0.
-        if form.NEWER:  # one test of the halves' maxima, made by two chains
-            lines += [f"max.u16x2 a, {words[0]}, {words[1]};"]
-            lines += [f"max.u16x2 b, {words[2]}, {words[3]};"]
-            for k in range(4, outs, 2):
-                lines += [f"max.u16x2 a, a, {words[k]};", f"max.u16x2 b, b, {words[k + 1]};"]
-            lines += ["max.u16x2 a, a, b;", "sub.u32 b, 0xFFFEFFFE, a;", "and.b32 a, a, b;"]
-        else:
-            lines += [f"sub.u32 b, 0xFFFEFFFE, {words[0]};", f"and.b32 a, b, {words[0]};"]
-            for w in words[1:]:
-                lines += [f"sub.u32 b, 0xFFFEFFFE, {w};", f"lop3.b32 a, b, {w}, a, 0xEA;"]  # b&w|a
-        lines += ["and.b32 a, a, 0x80008000;", "setp.eq.u32 p, a, 0;"]
-    lines += ["@p bra DONE;", "add.u32 i, i, 1;", "and.b32 a, i, 63;", "setp.eq.u32 p, a, 0;"]
-    lines += ["@p bra OTHERS;", "MORE:", f"setp.lt.u32 p, i, {limit};", "@p bra TRY;"]
-    lines += ["mov.b32 a, 1;", f"st.relaxed.sys.global.b32 [{flag}], a;", "bra DONE;"]
+    lines += ["TRY:", *loads, "TEST:", *_arrived_asm(words, form), "@p bra DONE;"]
     # Every 64th time: has another wait run out? Then all that follow are short, too.
+    lines += ["add.u32 i, i, 1;", "and.b32 a, i, 63;", "setp.eq.u32 p, a, 0;", "@p bra OTHERS;"]
+    lines += ["MORE:", f"setp.ge.u32 p, i, {limit};", "@p bra NEVER;"]
+    if len(loads) >= 8:
+        for v, load in enumerate(loads):
+            lines += [*_arrived_asm(words[4 * v : 4 * v + 4], form), f"@!p {load}"]
+        lines += ["bra TEST;"]
+    else:
+        lines += ["bra TRY;"]
     lines += ["OTHERS:", f"ld.relaxed.sys.global.b32 b, [{flag}];"]
-    lines += ["setp.eq.u32 p, b, 0;", "@p bra MORE;", "DONE:", "}"]
+    lines += ["setp.eq.u32 p, b, 0;", "@p bra MORE;", "bra DONE;"]
+    lines += ["NEVER:", "mov.b32 a, 1;", f"st.relaxed.sys.global.b32 [{flag}], a;", "DONE:", "}"]
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ CHUNKS = Case(90, "bf16", False, 200, 9, 4, 3, "latency")
 OLD = Case(80, "bf16", False, 29, 9, 4, 3, "latency")
 TF32 = Case(90, "tf32", False, 29, 5, 4, 3, "latency")
 EXACT = Case(80, "ieee", False, 29, 5, 4, 3, "latency")
+MANY = Case(90, "bf16", False, 140, 9, 4, 3, "latency16")  # vectors a wait
 SOLO = Case(90, "bf16", False, 22, 17, 4, 3, "solo")
 SOLO_WGMMA = Case(90, "bf16", False, 60, 17, 4, 3, "solo wgmma")
 STAGED = Case(90, "bf16", False, 140, 17, 4, 3, "throughput")
@@ -148,7 +149,7 @@ PTX = [
     Mutant("wait: leaves at once", LATENCY, sub(r"@p bra DONE;", "bra DONE;"), NUMBERS),
     Mutant("wait: leaves at once, of stages", STAGED, sub(r"@p bra DONE;", "bra DONE;"), NUMBERS),
     Mutant("wait: what was begun is not looked at", STAGED, sub("bra TEST;", "bra DONE;"), NUMBERS),
-    Mutant("wait: gives up at once", LATENCY, sub(r"@p bra TRY;", ""), "gave up"),
+    Mutant("wait: gives up at once", LATENCY, sub("@p bra NEVER;", "bra NEVER;"), "gave up"),
     Mutant(
         "wait: gives up in silence",
         replace(LATENCY, B=5, missing=True),
@@ -443,6 +444,22 @@ SOURCE = [
         "source = row_dgh + awaited_now",
         "source = row_dgh - gl.where(i > 0, step * B, 0) * (D * 3 * H_ROW) + awaited_now",
         NUMBERS,
+    ),
+    SourceMutant(
+        "the input of another step",
+        SOLO,
+        "forward.py",
+        "load_row = row + AHEAD * step * B",
+        "load_row = row + step * B",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "what has not arrived is not loaded again",
+        MANY,
+        "exchange.py",
+        'f"@!p {load}"',
+        'f"@p {load}"',
+        FOREVER,
     ),
     # Chunks and stages
     SourceMutant(
