@@ -221,8 +221,8 @@ def _gru_backward_kernel(
                         gl.store(dgx + H, da_z.to(dtype), mask=mask)
                         gl.store(dgx + 2 * H, (dh * f[4]).to(dtype), mask=mask)
                         dh = dh * f[5]
-                    # What a later step reads is under way before the wait: it delays the first look,
-                    # which would be in vain, and takes what L2 gives to those that are not.
+                    # The loads of a later step come before the wait: its first look, so early that
+                    # it is in vain, would take from what L2 has for the looks of others.
                     if EARLY:
                         f = _factors(saved, dtype, TEXTBOOK, FORM)
                     saved = _fetch_step(
