@@ -1,11 +1,14 @@
 """The kernels, compiled for real targets: what became of U, of the waits, of the registers."""
 
+import csv
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from perf import static
 from perf.compiling import TARGETS, Compiled, compile_plan
 from perf.sass import disassemble, find_loop, parse
 from trigru.plan import LaunchPlan, plan_launch
@@ -33,6 +36,26 @@ ELSEWHERE = [
     for which in (PASSES[0], PASSES[3])
     if dtype != FP16 or sm in (80, 90)  # what sm_80 has is all that the others use
 ]
+
+
+# The most that a step of the whole batch may take on an H100, forward and backward, in µs as the
+# model has them (perf/NOTES.md).
+GOALS = {
+    ("torch", 128, 16): (0.60, 0.67),
+    ("torch", 128, 1024): (0.60, 0.67),
+    ("torch", 128, 4096): (1.7, 1.6),
+    ("torch", 256, 16): (0.80, 0.85),
+    ("torch", 256, 64): (0.80, 0.85),
+    ("torch", 256, 1024): (2.0, 2.7),
+    ("torch", 256, 4096): (5.5, 8.0),
+    ("torch", 512, 16): (0.80, 1.0),
+    ("torch", 512, 256): (2.0, 3.5),
+    ("torch", 512, 4096): (16.0, 25.0),
+    ("torch", 768, 16): (0.95, 1.4),
+    ("torch", 1024, 16): (1.05, 1.35),
+    ("textbook", 512, 16): (1.5, 1.5),
+}
+TABLE = Path(__file__).parents[1] / "perf" / "static.csv"
 
 
 class Kernel(NamedTuple):
@@ -128,3 +151,36 @@ def test_a_layer_of_two_directions():
     assert plan.directions == 2
     compiled = compile_plan(90, plan, BF16, backward=False, textbook=False)
     check(Kernel(plan, compiled, backward=False, textbook=False))
+
+
+@pytest.fixture(scope="module")
+def table():
+    """perf/static.csv, by the fields of perf.static.Kernel."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        static.Kernel(
+            int(r["sm"]), r["variant"], r["pass"] == "backward", int(r["H"]), int(r["B"])
+        ): r
+        for r in rows
+    }
+
+
+def test_the_table_of_estimates_meets_its_goals(table):
+    assert set(table) == set(static.kernels())
+    for (variant, H, B), goals in GOALS.items():
+        for backward, goal in enumerate(goals):
+            row = table[90, variant, bool(backward), H, B]
+            assert float(row["us_per_step"]) <= goal and not float(row["spills"]), row
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [(90, "torch", False, 128, 16), (90, "torch", True, 1024, 16), (90, "textbook", True, 512, 16)],
+    ids=str,
+)
+def test_the_table_of_estimates_is_of_these_kernels(table, kernel):
+    """Of the cheap ones. If not: `python -m perf static`."""
+    row = static.row_of(static.Kernel(*kernel))
+    for column in ("regime", "rows", "warps", "clocks", "registers", "barriers"):
+        assert table[kernel][column] == str(row[column]), column

@@ -674,17 +674,22 @@ def places(pattern, text):
 )
 def test_the_loop_is_stores_and_waits(sm, dtype, plan, slices, barrier):
     form, _, sass, loops = compiled_exchange(sm, dtype, plan, slices, barrier)
-    assert not re.search(r"\b(LDL|STL|HMMA|HGMMA|FFMA|LDS|STS)\b", sass)
+    assert not re.search(r"\b(HMMA|HGMMA|FFMA|LDS|STS)\b", sass)
     steps = max(loops, key=len)
+    # ptxas aims at 32 registers, for which it spills one; not where it is polled.
+    assert len(places(r"\b(LDL|STL)\b", steps)) <= 1
     tiles = slices * form.CHUNKS
     looks = places(r"LDG\.E\.128\.STRONG\.GPU\b", steps)
     # All tiles are polled at once, or each in a loop of its own; all of these but the first have
-    # been begun before. There is nothing of it outside of the time loop.
+    # been begun before. Of many vectors the loop loads what is missing, after one look at all.
+    # There is nothing of it outside of the time loop.
     polling = [loop for loop in loops if loop is not steps and "LDG.E.128.STRONG.GPU" in loop]
     at_once, waits, begun = (1, tiles, tiles - 1) if form.STAGES else (tiles, 1, 0)
     polled = [len(places(r"LDG\.E\.128\.STRONG\.GPU\b", loop)) for loop in polling]
-    assert polled == [at_once * form.VECTORS] * waits
-    assert len(looks) == sum(polled) + begun * form.VECTORS == len(places(r"LDG\.E\.128", sass))
+    vectors = at_once * form.VECTORS
+    assert polled == [vectors] * waits and not any("LDL" in loop for loop in polling)
+    before = begun * form.VECTORS + (vectors if vectors >= 8 else 0)
+    assert len(looks) == sum(polled) + before == len(places(r"LDG\.E\.128", sass))
     # Each can give up, and sees whether another one did.
     assert all(re.search(r"LDG\.E\.STRONG\.SYS\b", loop) for loop in polling)
     assert len(places(r"STG\.E\.STRONG\.SYS\b", sass)) == waits + barrier

@@ -277,8 +277,8 @@ class Costs:
     stage: float  # a chunk through shared memory: two barriers, and the products wait for it
 
 
-FORWARD = Costs(183, 791, 17.9, 73, 6.5, 8.2, 4.3, 258)
-BACKWARD = Costs(193, 709, 18.9, 70, 6.8, 44, 3.0, 214)
+FORWARD = Costs(168, 825, 16.8, 73, 6.6, 10.5, 4.4, 308)
+BACKWARD = Costs(87, 821, 14.4, 68, 9.5, 36, 5.4, 248)
 
 
 def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float:
