@@ -116,6 +116,8 @@ class Instruction:
         body = self.text.removeprefix(f"@{self.predicate} ").removeprefix(self.opcode)
         self.first = body.split(",")[0].strip()
         self.name = self.opcode.partition(".")[0]
+        if self.opcode == "CALL.REL.NOINC":  # so ptxas writes some branches, too
+            self.name = "BRA"
         registers = re.findall(r"\bR\d+", body)
         moves = self.name == "MOV" or self.opcode.startswith("IMAD.MOV")
         self.copies = registers[1] if moves and len(registers) == 2 else ""

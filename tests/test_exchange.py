@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = {2: torch.int16, 4: torch.int32}
-REGIMES = ("latency", "latency, many", "throughput")  # vectors a wait
+REGIMES = ("latency", "latency, many", "throughput", "throughput, 8 warps")  # many vectors a wait
 CASES = pytest.mark.parametrize(
     ("sm", "regime", "dtype"),
     [(sm, r, dtype) for sm in (80, 90) for r in REGIMES for dtype in DTYPES],
@@ -59,8 +59,9 @@ def form_of(sm, regime, dtype):
     if "latency" in regime:  # the least that can be multiplied at once
         H = chunks * 4 * 512 // bits
         return Form(H, H, 16, 8, SPLIT_K=4, **how)
-    H = chunks * 128  # two vectors a thread, or four
-    return Form(H, H, 32, 16, STAGES=2, U_SHARED=chunks, **how)
+    H = chunks * 128  # two vectors a thread, or four; of 8 warps, two share rows
+    how["WARPS"] = 8 if "8 warps" in regime else 4
+    return Form(H, H, 8 * how["WARPS"], 16, STAGES=2, U_SHARED=chunks, **how)
 
 
 def awaited(source, form, emulator, y=None, lost=NOTHING, limit=LIMIT, flag=0):

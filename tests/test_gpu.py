@@ -40,6 +40,8 @@ SHAPES = [  # T, B, D, H
     (20, 64, 1, 1024),
     (10, 16, 2, 2048),
     (10, 200, 1, 2048),
+    (3, 1500, 1, 64),  # tiles of 16 and 32 rows where one program has all of U
+    (3, 2500, 1, 128),
 ]
 
 

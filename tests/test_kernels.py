@@ -103,6 +103,9 @@ TORCH, TEXTBOOK = VARIANTS
         (1, VARIANTS, {"form": "solo16", "H": 31, "B": 15}),
         (3, [TORCH], {"form": "solo16", "H": 32, "B": 15}),
         (0, VARIANTS, {"form": "solo wgmma", "H": 60, "B": 15}),
+        (1, [TEXTBOOK], {"form": "solo wgmma", "H": 100, "lengths": (4, 4, 2, 2, 1)}),
+        (0, VARIANTS, {"form": "throughput wgmma 8 warps", "H": 131, "B": 20}),
+        (1, [TORCH], {"form": "throughput wgmma 8 warps", "H": 100, "lengths": (4, 4, 2, 2, 1)}),
         (0, VARIANTS, STAGED | {"H": 71}),  # the last unit has no neighbour
         (0, VARIANTS, WGMMA | {"H": 131, "B": 20}),
         (3, [TORCH], STAGED | {"H": 128, "B": 20}),  # nothing is padded

@@ -198,8 +198,10 @@ BORDERLINE = (  # sm, dtype, H, backward, textbook, rows, warps
     (90, torch.bfloat16, 512, True, False, 64, 8),
     (90, torch.bfloat16, 2048, True, True, 8, 8),
     (80, torch.bfloat16, 512, False, False, 64, 8),
-    (90, torch.float32, 64, True, False, 32, 8),
+    (90, torch.float32, 64, True, False, 16, 8),
+    (90, EXACT, 64, False, False, 16, 4),
     (90, EXACT, 64, True, False, 16, 4),
+    (90, EXACT, 1024, False, False, 8, 8),
     (90, EXACT, 512, True, False, 8, 8),
 )
 

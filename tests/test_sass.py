@@ -199,6 +199,14 @@ def test_spills_are_counted():
     assert result.issued == {"HMMA": 1, "STL": 1, "LDL": 2, "BRA": 1}
 
 
+def test_a_branch_is_one_however_it_is_written():
+    """ptxas makes a call of some, which does not return."""
+    call = [line.replace("@P1 BRA", "@P1 CALL.REL.NOINC") for line in POLL]
+    assert call != POLL
+    branch, other = (model(time_loop(*PUBLISH, *poll, *chain(2))) for poll in (POLL, call))
+    assert other == replace(branch, issued=other.issued) and branch.clocks > 0
+
+
 def test_what_cannot_be_estimated_is_said():
     with pytest.raises(ValueError, match="no time loop"):
         model([*chain(4), code("EXIT")])

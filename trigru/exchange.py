@@ -196,6 +196,7 @@ def _wait_asm(first, tiles, begun, form):
     words = [f"${k}" for k in range(outs)]
     limit, flag = f"${outs + inputs}", f"${outs + 2 * inputs}"
     loads = _loads_asm(first, tiles, form)
+    many = len(loads) >= 8 and not begun
     lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;"]
     if begun:
         lines += [f"mov.b32 ${k}, ${outs + 3 * inputs + k};" for k in range(outs)]
@@ -204,7 +205,7 @@ def _wait_asm(first, tiles, begun, form):
     # Every 64th time: has another wait run out? Then all that follow are short, too.
     lines += ["add.u32 i, i, 1;", "and.b32 a, i, 63;", "setp.eq.u32 p, a, 0;", "@p bra OTHERS;"]
     lines += ["MORE:", f"setp.ge.u32 p, i, {limit};", "@p bra NEVER;"]
-    if len(loads) >= 8:
+    if many:
         for v, load in enumerate(loads):
             lines += [*_arrived_asm(words[4 * v : 4 * v + 4], form), f"@!p {load}"]
         lines += ["bra TEST;"]

@@ -213,7 +213,7 @@ def _solo(of: _Recurrence, rows: int) -> LaunchPlan | None:
     # made by each warp that multiplies by them.
     tiles = H_pad // 16 * rows // 8
     warps = min(tiles, H_pad // 16 if of.exact else 16 if wgmma else 8)
-    if tiles > 2 * warps and not wgmma:  # it would spill
+    if rows == 32 and not wgmma and (of.exact or H_pad * of.itemsize > 128):  # it would spill
         return None
     states = 3 if of.backward else 2 if of.textbook else 1
     shared = of.itemsize * H_pad * (2 * states * rows + 3 * H_pad * u_shared)
@@ -251,8 +251,8 @@ def _throughput(of: _Recurrence, block_h: int, rows: int, warps: int) -> LaunchP
     H_pad = -(-of.H // unit) * unit
     chunk = min(H_pad & -H_pad, 256, 8192 // rows)
     wgmma = of.wgmma and block_h >= 64
-    if wgmma and not of.backward and block_h * rows == 4096:  # what is held backward would spill
-        warps = 16
+    if wgmma and not of.backward and block_h * rows > 2048:
+        warps *= 2  # half the elements a thread; backward, where more is held, they would spill
     stages = 2
     shared = of.itemsize * (3 * block_h * H_pad + stages * chunk * rows)
     return LaunchPlan(

@@ -68,11 +68,12 @@ def own_units(unit0, PER_WORD: gl.constexpr, L: gl.constexpr, FORM: gl.constexpr
 def own_offsets(unit, STRIDE_ROW: gl.constexpr, L: gl.constexpr, FORM: gl.constexpr):
     """[BLOCK_H, BLOCK_B] in layout L, of what belongs to the program's units, `unit` [BLOCK_H].
 
-    Written so a thread's addresses are found to be one and constants; else the compiler keeps each
+    Written so, a thread's addresses are found to be one and constants; else the compiler keeps each
     in two registers, and advances it, on its own (80 registers; spills). The one is in 32 bits, and
     unsigned, so that its upper half is known to be 0 and takes no register."""
     n = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))
-    SHORT: gl.constexpr = STRIDE_ROW * FORM.BLOCK_B <= 2**32
+    # Exact products, for which each register counts, spill for it.
+    SHORT: gl.constexpr = STRIDE_ROW * FORM.BLOCK_B <= 2**32 and not FORM.EXACT
     of_thread = n & FORM.ROW_BITS if SHORT else (n & FORM.ROW_BITS).to(gl.int64)
     of_thread = of_thread[None, :] * STRIDE_ROW + unit[:, None]
     if SHORT:

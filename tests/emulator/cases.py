@@ -80,6 +80,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "latency shared": {"split": True, "BLOCK_B": 8, "rows": 7, "u_shared": 1},
     "throughput": {"BLOCK_H": 32, "BLOCK_B": 16, "rows": 13, "stages": 2},
     "throughput wgmma": {"BLOCK_H": 64, "BLOCK_B": 16, "rows": 13, "stages": 2, "wgmma": True},
+    "throughput wgmma 8 warps": {
+        "BLOCK_H": 64,
+        "BLOCK_B": 16,
+        "rows": 13,
+        "stages": 2,
+        "wgmma": True,
+        "num_warps": 8,
+    },
 }
 
 
@@ -120,20 +128,23 @@ def _tiles_of(
     itemsize: int,
     solo: bool = False,
     split: bool = False,
+    wgmma: bool = False,
     BLOCK_H: int = 16,
+    BLOCK_B: int = 8,
     num_warps: int = WARPS,
     **_: Any,
 ) -> dict[str, int]:
     if solo:
         H_pad = max(16, 1 << (H - 1).bit_length())
-        return {"H_pad": H_pad, "BLOCK_H": H_pad, "num_warps": H_pad // 16}
+        warps = min(H_pad // 16 * BLOCK_B // 8, 16 if wgmma else 8)
+        return {"H_pad": H_pad, "BLOCK_H": H_pad, "num_warps": warps}
     if split:  # the least that can be multiplied at once is a chunk
         least = 64 // itemsize * num_warps
         H_pad = -(-H // least) * least
         return {"H_pad": H_pad, "BLOCK_H": 16, "num_warps": num_warps, "chunks": H_pad // least}
-    least = max(128 // itemsize, BLOCK_H)
+    least = max(128 // itemsize * (4 * num_warps // BLOCK_B), BLOCK_H)
     chunks = -(-H // least)
-    return {"H_pad": chunks * least, "num_warps": WARPS, "chunks": chunks, "u_shared": chunks}
+    return {"H_pad": chunks * least, "num_warps": num_warps, "chunks": chunks, "u_shared": chunks}
 
 
 class _Tf32Products(TorchDispatchMode):

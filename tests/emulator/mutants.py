@@ -449,8 +449,8 @@ SOURCE = [
         "the input of another step",
         SOLO,
         "forward.py",
-        "load_row = row + AHEAD * step * B",
-        "load_row = row + step * B",
+        "else load_row + step * B",
+        "else row + step * B",
         NUMBERS,
     ),
     SourceMutant(

@@ -2,12 +2,19 @@
 #pragma once
 #include "data_movement.h"
 
-// One warp's share of a matrix product: acc[16][N] += A[16][K] · B[K][N], in float32.
+static float toward_zero(double x) {
+  float f = float(x);
+  if (std::isfinite(f) && std::fabs(double(f)) > std::fabs(x)) f = std::nextafterf(f, 0.f);
+  return f;
+}
+// One warp's share of a matrix product: acc[16][N] += A[16][K] · B[K][N]. Tensor cores multiply
+// exactly and cut off what they add up, once an instruction here; how often they do is not told.
 static void multiply(float *acc, const float *A, const float *B, int N, int K) {
   for (int i = 0; i < 16; i++)
-    for (int k = 0; k < K; k++) {
-      float a = A[i * K + k];
-      for (int j = 0; j < N; j++) acc[i * N + j] += a * B[k * N + j];
+    for (int j = 0; j < N; j++) {
+      double sum = acc[i * N + j];
+      for (int k = 0; k < K; k++) sum += double(A[i * K + k]) * double(B[k * N + j]);
+      acc[i * N + j] = toward_zero(sum);
     }
 }
 enum { MMA_F16 = 0, MMA_BF16 = 1, MMA_TF32 = 2 };
