@@ -48,12 +48,7 @@ class Compiled:
     cubin: bytes
     shared_bytes: int
     registers: int
-    ttgir: str
     ptx: str
-    sass: str
-
-    def count(self, opcode: str) -> int:
-        return len(re.findall(rf"\b{opcode}\b", self.sass))
 
 
 def compile_plan(
@@ -93,12 +88,10 @@ def compile_plan(
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = run_tool("cuobjdump", "-res-usage", cubin.name)
-        sass = run_tool("nvdisasm", "-c", cubin.name)
     registers = re.findall(r"REG:(\d+)", usage)[-1]
     return Compiled(
-        compiled.asm["cubin"], compiled.metadata.shared, int(registers), compiled.asm["ttgir"],
-        compiled.asm["ptx"], sass,
-    )  # fmt: skip
+        compiled.asm["cubin"], compiled.metadata.shared, int(registers), compiled.asm["ptx"]
+    )
 
 
 def run_tool(tool: str, *args: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +74,11 @@ class Kernel(NamedTuple):
             return (1, 2) if self.backward else (1, 1)
         return (3,) if self.backward else (1,)
 
-    def in_loop(self, opcode):
-        """How often the opcode is in the time loop, for each of its steps."""
+    def in_loop(self):
+        """How often each opcode is in the time loop, for each of its steps."""
         loop = find_loop(*parse(disassemble(self.compiled.cubin)))
-        names = [loop.instructions[k].name for k in loop.span()]
-        return names.count(opcode) / STEPS_PER_PASS
+        names = Counter(loop.instructions[k].name for k in loop.span())
+        return Counter({name: n / STEPS_PER_PASS for name, n in names.items()})
 
 
 def name(value):
@@ -110,11 +111,10 @@ def check(kernel, spills=0):
     begun = len(polls) - bodies * vectors  # chunks that are loaded before they are tested
     assert begun == 0 if not plan.stages else 0 <= begun < bodies * vectors
     # No barrier but that between the parts of a sum and the sum, or between a state and its use.
+    in_loop = kernel.in_loop()
     if not plan.stages:
-        assert kernel.in_loop("BAR") == (2 if kernel.textbook else 1)
-    assert kernel.in_loop("LDL") + kernel.in_loop("STL") <= spills, (
-        f"{compiled.registers} registers"
-    )
+        assert in_loop["BAR"] == (2 if kernel.textbook else 1)
+    assert in_loop["LDL"] + in_loop["STL"] <= spills, f"{compiled.registers} registers"
 
 
 @pytest.mark.parametrize(("sm", "dtype", "H", "B", "backward", "textbook"), H100_BF16, ids=name)

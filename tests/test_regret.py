@@ -24,7 +24,7 @@ def asked(monkeypatch):
     def estimated(sm, plan, backward, textbook, dtype):
         plans.append(plan)
         step = Estimate(plan.rows**3.0, 1, 2, barriers=1, issued={"HMMA": 3}, spills=0, phases=[])
-        return Compiled(b"", plan.shared_bytes, 99, "", "", ""), step
+        return Compiled(b"", plan.shared_bytes, 99, ""), step
 
     monkeypatch.setattr(regret, "estimated", estimated)
     return plans
