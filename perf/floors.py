@@ -73,12 +73,11 @@ class Floors:
         packed, where fewer and fewer rows hand over less than what was measured."""
         if case.packed:
             return None
-        product = dtype_name(case.dtype, torch.device("cuda"))
         try:
             return max(
                 self._constant("graph"),
                 bytes_moved(case, mode) / (1e3 * self._constant("bandwidth")),
-                flops(case, mode) / (1e6 * self._constant("matmul", product)),
+                flops(case, mode) / (1e6 * self._rate(case)),
                 self._chain(case, mode, limits),
             )
         except KeyError:
@@ -97,8 +96,7 @@ class Floors:
             # In every step an SM multiplies its share of U by its rows of the state, and reads from
             # its shared memory what of U lies there.
             u, u_shared = 3 * plan.BLOCK_H * plan.H_pad, plan.u_shared / plan.chunks
-            product = dtype_name(case.dtype, torch.device("cuda"))
-            rate = self._constant("matmul", product) / limits.sm_count
+            rate = self._rate(case) / limits.sm_count
             step = max(
                 2 * u * plan.rows / (1e6 * rate),
                 u * u_shared * itemsize(case) / (SHARED_BYTES_PER_CLOCK * self._constant("clock")),
@@ -108,6 +106,12 @@ class Floors:
                 step = max(step, self.measured[key])
             total += steps * step
         return total
+
+    def _rate(self, case: Case) -> float:
+        """Of products. The kernels' float32 ones are three of TF32: what is faster counts."""
+        product = dtype_name(case.dtype, torch.device("cuda"))
+        rate = self._constant("matmul", product)
+        return max(rate, self._constant("matmul", "tf32") / 3) if product == "fp32" else rate
 
     def _constant(self, name: str, dtype: str = "") -> float:
         return self.measured[(name, dtype, *[""] * (len(Exchange._fields) - 1))]
