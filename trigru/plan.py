@@ -277,7 +277,7 @@ class Costs:
     stage: float  # a chunk through shared memory: two barriers, and the products wait for it
 
 
-FORWARD = Costs(168, 825, 16.8, 73, 6.6, 10.5, 4.4, 308)
+FORWARD = Costs(166, 800, 17.2, 73, 6.5, 16.6, 4.3, 319)
 BACKWARD = Costs(87, 821, 14.4, 68, 9.5, 36, 5.4, 248)
 
 
