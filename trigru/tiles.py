@@ -72,7 +72,7 @@ def own_offsets(unit, STRIDE_ROW: gl.constexpr, L: gl.constexpr, FORM: gl.conste
     in two registers, and advances it, on its own (80 registers; spills). The one is in 32 bits, and
     unsigned, so that its upper half is known to be 0 and takes no register."""
     n = gl.arange(0, FORM.BLOCK_B, gl.SliceLayout(0, L))
-    # Exact products, for which each register counts, spill for it.
+    # Not where products are exact: of those kernels ptxas then makes ones that spill.
     SHORT: gl.constexpr = STRIDE_ROW * FORM.BLOCK_B <= 2**32 and not FORM.EXACT
     of_thread = n & FORM.ROW_BITS if SHORT else (n & FORM.ROW_BITS).to(gl.int64)
     of_thread = of_thread[None, :] * STRIDE_ROW + unit[:, None]
