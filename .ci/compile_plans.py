@@ -5,6 +5,7 @@ import torch
 import triton
 
 from perf.compiling import TARGETS, compile_plan
+from perf.sass import disassemble, find_loop, parse, spills
 from trigru.plan import plan_launch
 
 PLANS = ((90, 64, 16), (90, 512, 16), (90, 256, 4096), (80, 100, 64))  # sm, H, B
@@ -15,9 +16,9 @@ for sm, H, B in PLANS:
         plan = plan_launch(TARGETS[sm], B=B, H=H, D=1, itemsize=2, **which)
         compiled = compile_plan(sm, plan, torch.bfloat16, **which)
         assert compiled.shared_bytes <= plan.shared_bytes, plan
-        spills = compiled.count("LDL") + compiled.count("STL")
+        loop = find_loop(*parse(disassemble(compiled.cubin)))
         print(
             f"Triton {triton.__version__}: sm_{sm} H={H} B={B} {plan.regime} {which}: "
-            f"{compiled.registers} registers, {spills} spills",
+            f"{compiled.registers} registers, {spills(loop)} spills in the time loop",
             flush=True,
         )
