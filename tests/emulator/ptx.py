@@ -72,7 +72,7 @@ def _key(source: ASTSource, sm: int, options: Any) -> str:
     that it is in."""
     files = {inspect.getfile(type(v)) for v in source.constants.values() if _is_ours(v)}
     texts = [Path(file).read_text() for file in sorted(files)]
-    where = inspect.getfile(source.fn.fn)
+    where = inspect.getfile(source.fn.fn), triton.__file__
     return repr([source.hash(), sm, options.hash(), triton.__version__, texts, where])
 
 
