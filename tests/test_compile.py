@@ -140,7 +140,7 @@ def test_float32_products(backward, textbook, H):
         assert "cvt.rna.tf32.f32" in kernel.compiled.ptx
 
 
-@pytest.mark.parametrize("H", [60, 256, 1024])
+@pytest.mark.parametrize("H", [60, 256, 512, 1024])
 @pytest.mark.parametrize(("backward", "textbook"), PASSES)
 def test_packed(backward, textbook, H):
     check(build(90, BF16, H, 64, backward, textbook, packed=True), spills=4)

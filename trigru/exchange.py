@@ -105,7 +105,7 @@ def wait(ptrs, limit, error_ptr, TILES: gl.constexpr, FORM: gl.constexpr):
 def begin(ptrs, TILE: gl.constexpr, FORM: gl.constexpr):
     """Load tile number TILE as it is now, that is, have it under way: it has probably arrived."""
     return gl.inline_asm_elementwise(
-        _lines(_loads_asm(TILE, 1, FORM)), _loads_constraints(FORM), [ptrs.to(gl.int64)],
+        _loads_asm(TILE, 1, FORM), _loads_constraints(FORM), [ptrs.to(gl.int64)],
         dtype=ptrs.dtype.element_ty, is_pure=False, pack=FORM.VECTORS * 128 // FORM.BITS,
     )  # fmt: skip
 
@@ -142,11 +142,6 @@ def _repeated(element, count):
 
 
 @gluon.constexpr_function
-def _lines(lines):
-    return "\n".join(lines)
-
-
-@gluon.constexpr_function
 def _loads_asm(first, tiles, form):
     """PTX for one thread: a load for each of its vectors of the tiles number `first` and on.
 
@@ -160,7 +155,7 @@ def _loads_asm(first, tiles, form):
             offset = (first + t) * form.TILE_STRIDE + in_row * form.VECTOR_STRIDE
             words = ", ".join(f"${4 * (t * form.VECTORS + v) + w}" for w in range(4))
             lines += [f"ld.relaxed.gpu.global.v4.b32 {{{words}}}, [${address}+{offset}];"]
-    return lines
+    return "\n".join(lines)
 
 
 @gluon.constexpr_function
@@ -195,7 +190,7 @@ def _wait_asm(first, tiles, begun, form):
     outs, inputs = 4 * tiles * form.VECTORS, 128 // form.BITS * form.VECTORS
     words = [f"${k}" for k in range(outs)]
     limit, flag = f"${outs + inputs}", f"${outs + 2 * inputs}"
-    loads = _loads_asm(first, tiles, form)
+    loads = _loads_asm(first, tiles, form).splitlines()
     many = len(loads) >= 8 and not begun
     lines = ["{", ".reg .pred p;", ".reg .b32 a, b, i;", "mov.u32 i, 0;"]
     if begun:

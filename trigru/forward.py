@@ -238,7 +238,7 @@ def _gru_forward_kernel(
                         mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
                     else:
                         row += step * B
-                        # Of a row and of what follows from it, what takes fewer registers there.
+                        # The same row twice: each is the way that takes fewer registers there.
                         load_row = row + step * B if FORM.STAGES > 0 else load_row + step * B
         mask = mask_h[:, None] & (n_row < real)[None, :]
         gl.store(h_n_ptr + h_rows + own_h, h.to(dtype), mask=mask)

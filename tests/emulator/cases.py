@@ -80,15 +80,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "latency shared": {"split": True, "BLOCK_B": 8, "rows": 7, "u_shared": 1},
     "throughput": {"BLOCK_H": 32, "BLOCK_B": 16, "rows": 13, "stages": 2},
     "throughput wgmma": {"BLOCK_H": 64, "BLOCK_B": 16, "rows": 13, "stages": 2, "wgmma": True},
-    "throughput wgmma 8 warps": {
-        "BLOCK_H": 64,
-        "BLOCK_B": 16,
-        "rows": 13,
-        "stages": 2,
-        "wgmma": True,
-        "num_warps": 8,
-    },
 }
+FORMS["throughput wgmma 8 warps"] = FORMS["throughput wgmma"] | {"num_warps": 8}
 
 
 def plan_of(case: Case, *, backward: bool) -> LaunchPlan:
