@@ -21,8 +21,13 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _walk(textbook: bool, reverse: bool, bidirectional: bool) -> dict[str, Any]:
-    return {"textbook": textbook, "reverse": reverse, "bidirectional": bidirectional}
+def _walk(
+    textbook: bool, reverse: bool, bidirectional: bool, heads: int, clip: float | None
+) -> dict[str, Any]:
+    return {
+        "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional, "heads": heads,
+        "clip": clip,
+    }  # fmt: skip
 
 
 def _gradients_may_be_batched(backward: Callable) -> Callable:
@@ -85,41 +90,55 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        gx, h0, w_hh, b_hh, offsets, *ctx.switches, save = inputs
+        gx, h0, w_hh, b_hh, offsets, resets, reset_state, update_scale, *ctx.switches, save = inputs
         y, _, gates = output
         ctx.has_bias = b_hh is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h0, w_hh, y, gates, offsets, *(() if save else (gx, b_hh)))
+        ctx.save_for_backward(
+            h0, w_hh, y, gates, offsets, resets, reset_state, update_scale,
+            *(() if save else (gx, b_hh)),
+        )  # fmt: skip
 
     @staticmethod
     @_gradients_may_be_batched
     def backward(ctx, dy, dh_n, dgates):
-        h0, w_hh, y, gates, offsets, *unsaved = ctx.saved_tensors
-        textbook, reverse, bidirectional = ctx.switches
+        h0, w_hh, y, gates, *modifiers = ctx.saved_tensors
+        offsets, resets, reset_state, update_scale, *unsaved = modifiers
+        modifiers = modifiers[:4]
         if unsaved:  # in a graph that was made without gradients, or by torch.jit.trace
             gx, b_hh = unsaved
-            _, _, gates = torch.ops.trigru.forward(gx, h0, w_hh, b_hh, offsets, *ctx.switches, True)
-        dy = torch.zeros_like(y) if dy is None else dy
-        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-        tensors = dy, dh_n, h0, w_hh, y, gates, offsets
+            _, _, gates = torch.ops.trigru.forward(
+                gx, h0, w_hh, b_hh, *modifiers, *ctx.switches, True
+            )
+        tensors = dy, dh_n, h0, w_hh, y, gates, *modifiers
+        walk = _walk(*ctx.switches)
         if dgates is not None or forward_mode():
-            dgx, dgh, dh0 = reference.gru_backward(*tensors, **_walk(*ctx.switches), dgates=dgates)
+            results = reference.gru_backward(
+                *tensors[:7], resets=resets, reset_state=reset_state, update_scale=update_scale,
+                **walk, dgates=dgates,
+            )  # fmt: skip
         elif torch.compiler.is_compiling():  # compiled autograd
-            dgx, dgh, dh0 = torch.ops.trigru.backward(*tensors, *ctx.switches)
+            results = torch.ops.trigru.backward(*tensors, *ctx.switches)
         else:
-            dgx, dgh, dh0 = WalkBack.apply(*tensors, *ctx.switches)
+            results = WalkBack.apply(*tensors, *ctx.switches)
+        dgx, dgh, dh0, dreset_state, dscale = results
         dw_hh = db_hh = None
         if any(ctx.needs_input_grad[2:4]):
             before = reference.states_before(
-                y, h0, offsets, reverse=reverse, bidirectional=bidirectional
-            )
-            reset = gates[..., 0, :] * before if textbook else before
-            dw_hh, db_hh = weight_gradients(dgx if textbook else dgh, before, reset)
-        return dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, *[None] * 5
+                y, h0, offsets, resets=resets, reset_state=reset_state,
+                **{name: walk[name] for name in ("reverse", "bidirectional", "heads")},
+            )  # fmt: skip
+            reset = gates[..., 0, :] * before if walk["textbook"] else before
+            dw_hh, db_hh = weight_gradients(dgx if walk["textbook"] else dgh, before, reset)
+        return (
+            dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, None, None,
+            None if reset_state is None else dreset_state.sum(1),
+            None if update_scale is None else dscale, *[None] * 6,
+        )  # fmt: skip
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _vmap(Recurrence.apply, "rswwo", "rsr", info, in_dims, *inputs)
+        return _vmap(Recurrence.apply, "rswworwr", "rsr", info, in_dims, *inputs)
 
 
 class WalkBack(torch.autograd.Function):
@@ -131,21 +150,34 @@ class WalkBack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, switches = inputs[:7], inputs[7:]
-        ctx.save_for_backward(*tensors)
-        ctx.walk = _walk(*switches)
+        ctx.save_for_backward(*inputs[:10])
+        ctx.walk = _walk(*inputs[10:])
 
     @staticmethod
     @_gradients_may_be_batched
     def backward(ctx, *cotangents):
-        *tensors, offsets = ctx.saved_tensors
-        function = functools.partial(reference.gru_backward, offsets=offsets, **ctx.walk)
-        _, pull, *_ = torch.func.vjp(function, *tensors)
-        return *pull(cotangents), *[None] * 4
+        *tensors, offsets, resets, reset_state, update_scale = ctx.saved_tensors
+        tensors += reset_state, update_scale
+        given = [i for i, t in enumerate(tensors) if t is not None]
+
+        def function(*some):
+            every = [None] * len(tensors)
+            for i, t in zip(given, some, strict=True):
+                every[i] = t
+            *walked, reset_state, update_scale = every
+            return reference.gru_backward(
+                *walked, offsets, resets=resets, reset_state=reset_state,
+                update_scale=update_scale, **ctx.walk,
+            )  # fmt: skip
+
+        _, pull, *_ = torch.func.vjp(function, *(tensors[i] for i in given))
+        pulled = dict(zip(given, pull(cotangents), strict=True))
+        gradients = [pulled.get(i) for i in range(len(tensors))]
+        return *gradients[:6], None, None, *gradients[6:], *[None] * 5
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _vmap(WalkBack.apply, "rsswrro", "rrs", info, in_dims, *inputs)
+        return _vmap(WalkBack.apply, "rsswrrorwr", "rrssr", info, in_dims, *inputs)
 
 
 @torch.compiler.disable

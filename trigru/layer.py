@@ -39,19 +39,42 @@ class TriGRU(nn.RNNBase):
         bidirectional: whether each layer also walks backwards in time.
         device, dtype: of the parameters.
         variant: "torch" or "textbook".
+        heads: n recurrences side by side in each direction, each of its own H / n units: U has n
+            blocks. `weight_hh_l*` are (n, 3H / n, H / n): block k is units k H / n and on, its rows
+            the gates r, z, n of these. All else is as with one; x reaches all units.
+        learn_reset: whether there is a parameter `reset_state` (layers · directions, H), from 0 on:
+            the state of a reset, and hx where it is left out.
+        clip: h' is limited to ± this before anything uses it (LFADS), with no gradient where it
+            gets there; None for no limit.
 
     Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch, or a PackedSequence;
     and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if
-    left out.
+    left out. And, by name:
+
+        resets: bool, as the input without its last dimension: (T, B), (B, T), (T,). Where true, the
+            state that enters the step in each layer is 0 or `reset_state`; nothing of what lies
+            before it in the walk, and no gradient, gets past. A second direction enters a step from
+            behind; for resets of its own, give (T, B, 2).
+        update_scale: as resets, or with H behind: (T, B) or (T, B, H). The candidate's share of h'
+            is multiplied by it in each layer and direction: z of the textbook form, 1 − z of the
+            torch form (AUGRU in DIEN; a mask of zoneout).
+
+    For a PackedSequence they are packed likewise, or the data of what is: (N,).
 
     Output: (T, B, directions · H), laid out as the input is, or packed as it is, and h_n, as hx.
     Under autocast both have autocast's dtype. Of a packed sequence only its own steps are computed,
     in the same single launch, and h_n is the state after its own last step (backwards: its first).
 
-    Raises what nn.GRU raises for the same wrong arguments; ValueError on an unknown variant.
+    Raises what nn.GRU raises for the same wrong arguments; ValueError on an unknown variant, heads
+    that do not divide H, a clip that is not above 0, and resets and update_scales of other shapes
+    or on another device; TypeError on those of another dtype.
     """
 
-    variant: str
+    # What nn.GRU does not have, as it is there; and in files from before there was more.
+    variant: str = "torch"
+    heads: int = 1
+    learn_reset: bool = False
+    clip: float | None = None
 
     def __init__(
         self,
@@ -66,17 +89,34 @@ class TriGRU(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         variant: str = "torch",
+        heads: int = 1,
+        learn_reset: bool = False,
+        clip: float | None = None,
         **kwargs: Any,
     ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if variant not in ops.VARIANTS:
             raise ValueError(f"variant must be one of {ops.VARIANTS}, got {variant!r}")
+        if not isinstance(heads, int) or isinstance(heads, bool):
+            raise TypeError(f"heads must be an int, got {type(heads).__name__}")
+        if heads < 1 or (isinstance(hidden_size, int) and hidden_size % heads):
+            raise ValueError(f"heads must divide hidden_size {hidden_size}, got {heads}")
+        ops.check_clip(clip)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, **kwargs,
         )  # fmt: skip
-        self.variant = variant
+        self.variant, self.heads, self.learn_reset, self.clip = variant, heads, learn_reset, clip
+        if heads > 1:
+            for name in [n for n in self._flat_weights_names if n.startswith("weight_hh")]:
+                weight = getattr(self, name)
+                blocks = weight.new_empty(heads, 3 * hidden_size // heads, hidden_size // heads)
+                setattr(self, name, nn.Parameter(blocks))
+                self._reset_blocks(blocks)
+        if learn_reset:
+            count = num_layers * (2 if bidirectional else 1)
+            self.reset_state = nn.Parameter(self.weight_hh_l0.new_zeros(count, hidden_size))
         if variant == "textbook" and bias:
             for name in [n for n in self._flat_weights_names if n.startswith("bias_hh")]:
                 delattr(self, name)
@@ -85,6 +125,21 @@ class TriGRU(nn.RNNBase):
             ]
             self._flat_weights_names = [n for names in self._all_weights for n in names]
             self._init_flat_weights()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as nn.GRU does, U's blocks as those of a GRU of their size; the
+        learned reset state is 0 again."""
+        super().reset_parameters()
+        if self.heads > 1:
+            for name in [n for n in self._flat_weights_names if n.startswith("weight_hh")]:
+                self._reset_blocks(getattr(self, name))
+        if self.learn_reset:
+            nn.init.zeros_(self.reset_state)
+
+    @staticmethod
+    def _reset_blocks(blocks: Tensor) -> None:
+        bound = blocks.shape[-1] ** -0.5
+        nn.init.uniform_(blocks, -bound, bound)
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -100,17 +155,26 @@ class TriGRU(nn.RNNBase):
         """Does nothing: the kernels take each weight where it is, cuDNN's layout is not needed."""
 
     def extra_repr(self) -> str:
-        variant = "" if self.variant == "torch" else f", variant={self.variant!r}"
-        return super().extra_repr() + variant
+        given = {
+            name: getattr(self, name)
+            for name in ("variant", "heads", "learn_reset", "clip")
+            if getattr(self, name) != getattr(TriGRU, name)
+        }
+        return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in given.items())
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+        update_scale: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """See the class."""
-        if isinstance(input, fx.Proxy) or isinstance(hx, fx.Proxy):
-            return self._call_in_graph(input, hx)
+        if any(isinstance(each, fx.Proxy) for each in (input, hx, resets, update_scale)):
+            return self._call_in_graph(input, hx, resets=resets, update_scale=update_scale)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, resets, update_scale)
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -120,19 +184,30 @@ class TriGRU(nn.RNNBase):
                 f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
             )
         batch_dim = 0 if self.batch_first else 1
+        modifiers = self._modifiers(input, resets, update_scale)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
+            modifiers = tuple(None if m is None else m.unsqueeze(batch_dim) for m in modifiers)
         hx = self._checked_sizes(input, hx, None)
-        output, h_n = self._run(input, hx, None)
+        output, h_n = self._run(input, hx, None, *modifiers)
         if not batched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
         return output, h_n
 
-    def _call_in_graph(self, input: Any, hx: Any) -> Any:
+    def _modifiers(self, input: Tensor, resets: Any, update_scale: Any) -> tuple[Any, Any]:
+        """resets and update_scale as `ops.recurrence` takes them, but laid out as the input is."""
+        return ops.per_recurrence(
+            resets, update_scale, input.shape[:-1], input.device, self.hidden_size,
+            2 if self.bidirectional else 1, self.heads,
+        )  # fmt: skip
+
+    def _call_in_graph(self, input: Any, hx: Any, **modifiers: Any) -> Any:
         """A call of this layer in the graph that torch.fx is tracing, as there is for an nn.GRU:
         a leaf, which is not traced itself."""
-        tracer = (input if isinstance(input, fx.Proxy) else hx).tracer
+        modifiers = {name: value for name, value in modifiers.items() if value is not None}
+        proxies = [p for p in (input, hx, *modifiers.values()) if isinstance(p, fx.Proxy)]
+        tracer = proxies[0].tracer
         path = tracer.path_of_module(self) if isinstance(tracer, fx.Tracer) else ""
         if not path:
             raise fx.proxy.TraceError("torch.fx traces models with a TriGRU inside, not one itself")
@@ -143,10 +218,11 @@ class TriGRU(nn.RNNBase):
                 f"torch.fx would run the hooks of the TriGRU {path!r} twice, pruning included, or "
                 "its own forward; trace with an is_leaf_module that is true for TriGRU"
             )
-        return tracer.create_proxy("call_module", path, (input,) if hx is None else (input, hx), {})
+        args = (input,) if hx is None else (input, hx)
+        return tracer.create_proxy("call_module", path, args, modifiers)
 
     def _forward_packed(
-        self, packed: PackedSequence, hx: Tensor | None
+        self, packed: PackedSequence, hx: Tensor | None, resets: Any, update_scale: Any
     ) -> tuple[PackedSequence, Tensor]:
         if onnx.exporting():
             raise NotImplementedError("TriGRU exports no PackedSequence to ONNX; pad the input")
@@ -154,7 +230,10 @@ class TriGRU(nn.RNNBase):
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
         hx = self._checked_sizes(data, hx, batch_sizes)
-        output, h_n = self._run(data, hx, batch_sizes)
+        modifiers = self._modifiers(
+            data, _rows_of(packed, "resets", resets), _rows_of(packed, "update_scale", update_scale)
+        )
+        output, h_n = self._run(data, hx, batch_sizes, *modifiers)
         return (
             PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
             self.permute_hidden(h_n, unsorted_indices),
@@ -163,13 +242,16 @@ class TriGRU(nn.RNNBase):
     def _checked_sizes(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None
     ) -> Tensor:
-        """Refuse what nn.GRU itself refuses; returns hx, zeros if None."""
+        """Refuse what nn.GRU itself refuses; returns hx or, if None, zeros or the reset state."""
         if hx is None:
             shape: Any = self.get_expected_hidden_size(input, batch_sizes)
             if batch_sizes is not None and torch.jit.is_tracing():
                 # In a trace a number would be that of the example for ever.
                 shape = shape[0], batch_sizes[0], shape[2]
-            hx = input.new_zeros(shape)
+            if self.learn_reset:
+                hx = self.reset_state.unsqueeze(1).expand(shape)
+            else:
+                hx = input.new_zeros(shape)
         self.check_forward_args(input, hx, batch_sizes)
         return hx
 
@@ -205,24 +287,40 @@ class TriGRU(nn.RNNBase):
                 f"{len(input)} rows of the data, got {batch_sizes}"
             )
 
-    def _run(self, input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self,
+        input: Tensor,
+        hx: Tensor,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        update_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """resets: (…, D) and update_scale: (…, D, H / heads), laid out as the input is."""
         weights: list[Any]
-        input, hx, *weights = ops.autocast(input, hx, *self._flat_weights)
-        textbook, dtype = self.variant == "textbook", input.dtype
+        reset_state = self.reset_state if self.learn_reset else None
+        input, hx, reset_state, update_scale, *weights = ops.autocast(
+            input, hx, reset_state, update_scale, *self._flat_weights
+        )
+        textbook, dtype, heads = self.variant == "textbook", input.dtype, self.heads
+        plain = resets is None and update_scale is None and self.clip is None
         per_sample = has_torch_function(weights) and any(type(w) is ExpandedWeight for w in weights)
-        if per_sample and textbook:
+        if per_sample and (textbook or heads > 1 or self.learn_reset or not plain):
             raise NotImplementedError(
                 "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook "
-                "variant: take torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
+                "variant, resets, update_scale, clip nor heads: take "
+                "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
             )
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
         if per_sample or (
-            not (textbook or torch.compiler.is_compiling() or ops.transformed())
-            and ops.why_no_kernel(input.device, dtype, self.hidden_size, textbook)
+            plain
+            and not (textbook or torch.compiler.is_compiling() or ops.transformed())
+            and ops.why_no_kernel(input.device, dtype, self.hidden_size // heads, textbook)
         ):
             if not per_sample:
-                ops.warn_of_fallback(input.device, dtype, self.hidden_size, textbook)
+                ops.warn_of_fallback(input.device, dtype, self.hidden_size // heads, textbook)
+            if heads > 1:
+                weights = self._dense(weights)
             how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
             with ops.without_cudnn() if input.is_cuda else nullcontext():
                 if batch_sizes is None:
@@ -230,6 +328,12 @@ class TriGRU(nn.RNNBase):
                 return torch.gru(input, batch_sizes, hx, weights, *how)
 
         self._check_tensors(input, hx, weights, batch_sizes)
+        if onnx.exporting():
+            if not plain:
+                raise NotImplementedError(
+                    "an ONNX GRU node has no resets, no update_scale and no clip"
+                )
+            weights = self._dense(weights)
         x, offsets = input, None
         if batch_sizes is not None:  # (N, I), a row for every step of every sequence
             if (
@@ -246,8 +350,10 @@ class TriGRU(nn.RNNBase):
                 x = x.reshape(N, self.input_size)  # type: ignore[call-overload]
                 hx = hx.reshape(len(hx), B, self.hidden_size)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
-        elif self.batch_first:  # (T, B, I)
-            x = input.transpose(0, 1)
+        elif self.batch_first:  # (T, B, …)
+            x, resets, update_scale = (
+                None if t is None else t.transpose(0, 1) for t in (input, resets, update_scale)
+            )
         D = 2 if self.bidirectional else 1
         h_n = []
         for layer in range(self.num_layers):
@@ -258,13 +364,24 @@ class TriGRU(nn.RNNBase):
                 x, h = onnx.gru_node(x, h0, list(w.values()), textbook=textbook)
                 h_n.append(h)
                 continue
-            b_ih = w.get("bias_ih")
-            gx = F.linear(x, w["weight_ih"].flatten(0, 1), None if b_ih is None else b_ih.flatten())
+            reset = None
+            if resets is not None and reset_state is not None:
+                reset = reset_state[layer * D : (layer + 1) * D]
+            kinds: list[Any] = [w.get(kind) for kind in _KINDS]
+            w_ih, w_hh, b_ih, b_hh = kinds
+            if heads > 1:  # (D, …) as (D heads, …), a head's gates together
+                w_ih, b_ih, b_hh = (_gates_of_heads(t, heads) for t in (w_ih, b_ih, b_hh))
+                w_hh = w_hh.flatten(0, 1)
+                h0 = h0.unflatten(-1, (heads, -1)).movedim(2, 1).flatten(0, 1)
+                reset = None if reset is None else reset.reshape(D * heads, -1)
+            gx = F.linear(x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
             y, h = ops.recurrence(
-                gx.unflatten(-1, (D, -1)), h0, w["weight_hh"], w.get("bias_hh"), offsets,
-                textbook=textbook,
+                gx.unflatten(-1, (D * heads, -1)), h0, w_hh, b_hh, offsets, resets, reset,
+                update_scale, textbook=textbook, heads=heads, clip=self.clip,
             )  # fmt: skip
             x = y.flatten(-2)
+            if heads > 1:  # (D, B, H)
+                h = h.unflatten(0, (D, heads)).movedim(1, 2).flatten(2)
             h_n.append(h)
         output = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
         return output, h_n[0] if len(h_n) == 1 else torch.cat(h_n)
@@ -280,6 +397,13 @@ class TriGRU(nn.RNNBase):
                 each[0].unsqueeze(0) if D == 1 else torch.stack(each)
             )
         return stacked
+
+    def _dense(self, weights: list[Tensor]) -> list[Tensor]:
+        """The weights of a layer of one head that computes the same: 0 outside U's blocks."""
+        return [
+            dense_blocks(w) if name.startswith("weight_hh") and self.heads > 1 else w
+            for name, w in zip(self._flat_weights_names, weights, strict=True)
+        ]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -345,13 +469,58 @@ class TriGRU(nn.RNNBase):
     def to_torch(self) -> nn.GRU:
         """An nn.GRU that computes what this layer computes and shares its parameters and hooks.
 
-        What stays behind is as in `from_torch`. Raises ValueError for the textbook variant, which
-        nn.GRU cannot compute; TypeError for a subclass, as with a parametrisation."""
+        What stays behind is as in `from_torch`. Raises ValueError for what nn.GRU does not have,
+        the textbook variant, heads, clip and a learned reset state; TypeError for a subclass, as
+        with a parametrisation."""
         if type(self) is not TriGRU:
             raise TypeError(f"expected a TriGRU itself, got {type(self).__name__}")
-        if self.variant != "torch":
-            raise ValueError(f"nn.GRU cannot compute the {self.variant} variant")
+        if why := self.why_no_gru():
+            raise ValueError(why)
         return _same_state(self, nn.GRU)
+
+    def why_no_gru(self) -> str:
+        """What of this layer nn.GRU does not have, or "" if that is nothing."""
+        if self.variant != "torch":
+            return f"nn.GRU cannot compute the {self.variant} variant"
+        if self.heads > 1:
+            return f"nn.GRU has no heads, the layer has {self.heads}: see trigru.convert.to_dense"
+        if self.clip is not None:
+            return f"nn.GRU has no clip, the layer has {self.clip}"
+        if self.learn_reset:
+            return "nn.GRU has no reset_state, which the layer has learned"
+        return ""
+
+
+_KINDS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+
+
+def _gates_of_heads(tensor: Any, heads: int) -> Any:
+    """(D, 3H, …), r, z, n of all units, as (D heads, 3H / heads, …), those of each head's units."""
+    if tensor is None:
+        return None
+    return tensor.unflatten(1, (3, heads, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def dense_blocks(blocks: Tensor) -> Tensor:
+    """w_hh (3H, H) that computes what U's blocks (heads, 3H / heads, H / heads) compute."""
+    gates = blocks.unflatten(1, (3, -1)).unbind(1)  # (heads, H / heads, H / heads)
+    return torch.cat([torch.block_diag(*gate) for gate in gates])
+
+
+def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
+    """The data of what is packed as `packed` is."""
+    if not isinstance(rows, PackedSequence):
+        return rows
+    if not torch.equal(rows.batch_sizes, packed.batch_sizes):
+        raise ValueError(
+            f"{name} must be packed as the input is, with batch_sizes {packed.batch_sizes}, got "
+            f"{rows.batch_sizes}"
+        )
+    ours: Any = packed.sorted_indices
+    theirs: Any = rows.sorted_indices
+    if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+        raise ValueError(f"{name} must be sorted as the input is, with {ours}, got {theirs}")
+    return rows.data
 
 
 def _same_state(source: nn.RNNBase, target: Any) -> Any:

@@ -32,18 +32,17 @@ def restore_gru(model: nn.Module) -> int:
     """Put an nn.GRU with the same parameters where `model` holds a TriGRU: the inverse of
     `replace_gru`, for tools that know nn.GRU alone. What is said there holds here.
 
-    Returns how many layers were replaced. Raises ValueError, and changes nothing, if one is of the
-    textbook variant, which nn.GRU cannot compute, or if `model` itself is a TriGRU: use its
-    `to_torch`."""
+    Returns how many layers were replaced. Raises ValueError, and changes nothing, if one cannot be
+    an nn.GRU (see `TriGRU.to_torch`), or if `model` itself is a TriGRU: use its `to_torch`."""
     if type(model) is TriGRU:
         raise ValueError("the model itself is a TriGRU: use model.to_torch()")
-    textbook = [
-        name
+    refused = [
+        f"{name!r}: {why}"
         for name, module in model.named_modules()
-        if type(module) is TriGRU and module.variant != "torch"
+        if type(module) is TriGRU and (why := module.why_no_gru())
     ]
-    if textbook:
-        raise ValueError(f"nn.GRU cannot compute the textbook variant, that of {textbook}")
+    if refused:
+        raise ValueError("; ".join(refused))
     return _replace(model, TriGRU, TriGRU.to_torch)
 
 
