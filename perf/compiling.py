@@ -60,15 +60,21 @@ def compile_plan(
     textbook: bool,
     tf32: bool = True,
     packed: bool = False,
+    resets: bool = False,
 ) -> Compiled:
     """The kernel as the JIT would compile it for training with this plan."""
     kernel = _gru_backward_kernel if backward else _gru_forward_kernel
     switches = {
-        "TEXTBOOK": textbook, "REVERSE": False, "BIDIRECTIONAL": plan.D == 2, "PACKED": packed,
+        "TEXTBOOK": textbook, "HEADS": 1, "REVERSE": False, "BIDIRECTIONAL": plan.D == 2,
     }  # fmt: skip
     if not backward:
-        switches |= {"HAS_BIAS": not textbook, "SAVE": True}
+        switches["SAVE"] = True
+    absent = {"reset_state_ptr", "scale_ptr", "clip"}
+    absent |= set() if packed else {"offsets_ptr"}
+    absent |= set() if resets else {"resets_ptr"}
+    absent |= {"b_hh_ptr"} if textbook else set()
     constants = compile_time(plan, dtype == torch.float32 and not tf32, **switches)
+    constants |= {name: None for name in kernel.arg_names if name in absent}
     scalars = {"T": "i32", "B": "i32", "rows": "i32", "wait_limit": "i32", "first_direction": "i32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -77,7 +83,7 @@ def compile_plan(
         elif name in scalars:
             signature[name] = scalars[name]
         else:
-            pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64"}
+            pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64", "resets_ptr": "*u8"}
             signature[name] = pointers.get(name, "*" + ELEMENT[dtype])
             if not kernel.params[i].do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]

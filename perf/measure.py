@@ -25,8 +25,8 @@ Call = Callable[[], Any]
 Clock = Callable[[Sequence[Call]], list[float]]  # runs the calls in order → microseconds of each
 
 KERNEL_SOURCES = (
-    "exchange.py", "tiles.py", "forward.py", "backward.py", "launch.py", "plan.py", "ops.py",
-    "derivatives.py", "layer.py", "reference.py",
+    "exchange.py", "form.py", "tiles.py", "products.py", "forward.py", "backward.py", "launch.py",
+    "plan.py", "ops.py", "derivatives.py", "layer.py", "reference.py",
 )  # fmt: skip
 FACTS = ("device", "sm", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
 WARM_UP_ROUNDS = 3

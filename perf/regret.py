@@ -28,7 +28,14 @@ from .shapes import VARIANTS
 from .static import DEVICES, KIND, estimated
 
 SM = 90
-KERNELS = ("exchange", "form", "tiles", "forward", "backward")  # modules that decide what runs
+KERNELS = (
+    "exchange",
+    "form",
+    "tiles",
+    "products",
+    "forward",
+    "backward",
+)  # modules that decide what runs
 HIDDEN = (64, 128, 200, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCH = (1, 16, 64, 256, 1024, 4096)
 

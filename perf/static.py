@@ -112,10 +112,15 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
 
 @functools.cache
 def estimated(
-    sm: int, plan: LaunchPlan, backward: bool, textbook: bool, dtype: torch.dtype = DTYPE
+    sm: int,
+    plan: LaunchPlan,
+    backward: bool,
+    textbook: bool,
+    dtype: torch.dtype = DTYPE,
+    resets: bool = False,
 ) -> tuple[Compiled, Estimate]:
     """A plan's kernel, and what one step of one program costs. Many batches have the same one."""
-    compiled = compile_plan(sm, plan, dtype, backward=backward, textbook=textbook)
+    compiled = compile_plan(sm, plan, dtype, backward=backward, textbook=textbook, resets=resets)
     step = estimate(
         compiled.cubin, num_warps=plan.num_warps, steps_per_pass=STEPS_PER_PASS,
         publish_lines=publish_lines(exchange.__file__),

@@ -25,7 +25,6 @@ from .ops import without_cudnn
 FACTOR = 2.0
 FLOOR = {torch.float32: 4.0}  # in roundings of the dtype; 1 in others
 TF32_ROUNDING = 2.0**-10
-RESULTS = ("y", "h_n", "dgx", "dh0", "dw_hh", "db_hh")
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -93,18 +92,32 @@ def differentiate(function: Callable, inputs: Mapping, cotangents: Mapping) -> d
         k: None if v is None else v.detach().clone().requires_grad_() for k, v in inputs.items()
     }
     y, h_n = function(**leaves)
-    wanted = [v for v in leaves.values() if v is not None]
-    grads = torch.autograd.grad((y, h_n), wanted, (cotangents["dy"], cotangents["dh_n"]))
-    return dict(zip(RESULTS, (y.detach(), h_n.detach(), *grads), strict=False))
+    wanted = {k: v for k, v in leaves.items() if v is not None}
+    grads = torch.autograd.grad(
+        (y, h_n), [*wanted.values()], (cotangents["dy"], cotangents["dh_n"])
+    )
+    named = {f"d{k}": grad for k, grad in zip(wanted, grads, strict=True)}
+    return {"y": y.detach(), "h_n": h_n.detach(), **named}
 
 
-def eager_loop(*, textbook: bool, reverse: bool, offsets: Tensor | None = None) -> Callable:
-    """The reference's loop as a function of the inputs, for `differentiate`."""
+def eager_loop(
+    *,
+    textbook: bool,
+    reverse: bool,
+    offsets: Tensor | None = None,
+    heads: int = 1,
+    **modifiers: Any,
+) -> Callable:
+    """The reference's loop as a function of the inputs, for `differentiate`. modifiers: resets and
+    clip, as the reference takes them; what is differentiable comes with the inputs."""
 
-    def function(gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple:
+    def function(
+        gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, **differentiable: Tensor
+    ) -> tuple:
         y, h_n, _ = reference.gru_forward(
             gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse,
-            bidirectional=len(h0) == 2, save=False,
+            bidirectional=len(h0) == 2 * heads, heads=heads, save=False, **modifiers,
+            **differentiable,
         )  # fmt: skip
         return y, h_n
 
@@ -160,12 +173,16 @@ def yardsticks(
     textbook: bool,
     reverse: bool = False,
     offsets: Tensor | None = None,
+    **modifiers: Any,
 ) -> tuple[dict, dict]:
-    """What the rule needs: the float64 results, and PyTorch's own in the inputs' dtype."""
+    """What the rule needs: the float64 results, and PyTorch's own in the inputs' dtype; of what
+    nn.GRU cannot do, the eager loop's."""
     doubles = {k: None if v is None else v.double() for k, v in inputs.items()}
-    loop = eager_loop(textbook=textbook, reverse=reverse, offsets=offsets)
+    loop = eager_loop(textbook=textbook, reverse=reverse, offsets=offsets, **modifiers)
     exact = differentiate(loop, doubles, {k: v.double() for k, v in cotangents.items()})
-    pytorch = loop if textbook else nn_gru(reverse=reverse, offsets=offsets)
+    is_own = not textbook and not modifiers and len(inputs) == 4
+    inputs = {**inputs, "h0": inputs["h0"].to(inputs["gx"].dtype)}
+    pytorch = nn_gru(reverse=reverse, offsets=offsets) if is_own else loop
     with products_as_in_rnns():
         yardstick, refusal = unless_cudnn_refuses(
             partial(differentiate, pytorch, inputs, cotangents), inputs["gx"].device

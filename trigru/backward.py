@@ -5,78 +5,115 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .exchange import await_tiles, publish, unwritten
-from .launch import launch
+from .launch import as_bytes, launch, rounded
 from .plan import LaunchPlan, aligned, pad_hidden
+from .products import load_us, product, total
 from .tiles import (
     awaited_offsets,
     awaited_rows,
     barrier,
     fetch,
     fetch3,
-    load_us,
+    fetch_resets,
     own_offsets,
     own_units,
-    product,
     rows_of_step,
     shared_memory,
     steps_of_tile,
-    total,
     unpacked,
     walks_forwards,
 )
 
 
 @gluon.jit
-def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, row, running, before_row, before_running, left,
-                in_tile, n_row, own_y, own_gates, D: gl.constexpr, TEXTBOOK: gl.constexpr,
-                PACKED: gl.constexpr, FORM: gl.constexpr):  # fmt: skip
-    """What a step of the walk reads: dy, r, z, n, gh_n (torch) and the state before, which is h0
-    for sequences that begin with it. left: how many steps there are from this one on."""
+def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, resets_ptr, clip, row, running,
+                before_row, before_running, left, in_tile, n_row_in, n_row, real, own_y, own_gates,
+                D: gl.constexpr, TEXTBOOK: gl.constexpr, PACKED: gl.constexpr,
+                FORM: gl.constexpr):  # fmt: skip
+    """What a step of the walk reads: r, z, n, the state before, which is h0 for sequences that
+    begin with it, gh_n (torch), dy, the scale, the state after, and which sequences are reset; n
+    for what is not there. left: how many steps there are from this one on."""
     H: gl.constexpr = FORM.H
     G: gl.constexpr = 3 if TEXTBOOK else 4
     if PACKED:
-        mask = in_tile & (n_row < running)[None, :]
-        is_first = (n_row >= before_running)[None, :]
+        mask = in_tile & (n_row_in < running)[None, :]
+        is_first = (n_row_in >= before_running)[None, :]
     else:
         mask = in_tile & (left > 0)
         is_first = left <= 1
     before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
     gates = gates_ptr + row * (D * G * H) + own_gates
-    dy = fetch(dy_ptr + row * (D * H) + own_y, mask, FORM)
+    own = row * (D * H) + own_y
     r, z, n = fetch3(gates, mask, H, FORM)
     gh_n = n
+    dy = n
+    scale = n
+    after = n
+    reset = n
+    if dy_ptr is not None:
+        dy = fetch(dy_ptr + own, mask, FORM)
     if not TEXTBOOK:
         gh_n = fetch(gates + 3 * H, mask, FORM)
-    return dy, r, z, n, gh_n, fetch(before, mask, FORM)
+    before = fetch(before, mask, FORM)
+    if scale_ptr is not None:
+        scale = fetch(scale_ptr + own, mask, FORM)
+    if clip is not None:
+        after = fetch(y_ptr + own, mask, FORM)
+    if resets_ptr is not None:
+        end = gl.minimum(running, real) if PACKED else gl.where(left > 0, real, 0)
+        reset = fetch_resets(resets_ptr, row, n_row, end, D)
+    return r, z, n, before, gh_n, dy, scale, after, reset
 
 
 @gluon.jit
-def _factors(saved, dtype: gl.constexpr, TEXTBOOK: gl.constexpr, FORM: gl.constexpr):
-    """All of a step that does not depend on dh: dy; what makes of dh (textbook: da_r of d(r ⊙ h))
-    da_r, da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
-    d(r ⊙ h) goes to the state before, and what of dh."""
-    dy = unpacked(saved[0], dtype, FORM)
-    r = unpacked(saved[1], dtype, FORM)
-    z = unpacked(saved[2], dtype, FORM)
-    n = unpacked(saved[3], dtype, FORM)
-    h = unpacked(saved[5], dtype, FORM)
+def _factors(saved, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
+             HAS_DY: gl.constexpr, SCALED: gl.constexpr, RESETS: gl.constexpr,
+             FORM: gl.constexpr):  # fmt: skip
+    """All of a step that does not depend on dh: what makes of dh (textbook: da_r of d(r ⊙ h)) da_r,
+    da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
+    d(r ⊙ h) goes to the state before, and what of dh. And dy, what makes of dh the scale's
+    gradient, where no gradient passes, and who is reset; r for what is not there."""
+    r = unpacked(saved[0], dtype, FORM)
+    z = unpacked(saved[1], dtype, FORM)
+    n = unpacked(saved[2], dtype, FORM)
+    h = unpacked(saved[3], dtype, FORM)
+    dy = r
+    to_scale = r
+    is_clipped = r
+    is_reset = r
+    if HAS_DY:
+        dy = unpacked(saved[5], dtype, FORM)
+    if RESETS:
+        is_reset = (saved[8] != 0)[None, :]
+        h = gl.where(is_reset, reset_state, h)
+    if clip is not None:
+        after = unpacked(saved[7], dtype, FORM)
+        is_clipped = (after >= clip) | (after <= -clip)
+    share = z if TEXTBOOK else 1 - z
+    slope = z * (1 - z)
+    kept = 1 - z if TEXTBOOK else z
+    if SCALED:
+        scale = unpacked(saved[6], dtype, FORM)
+        to_scale = share * (n - h)
+        share *= scale
+        slope *= scale
+        kept = 1 - share
     if TEXTBOOK:
-        a_n = z * (1 - n * n)
-        a_z = (n - h) * z * (1 - z)
-        f = (dy, h * r * (1 - r), a_z, a_n, r, 1 - z)
+        f = (h * r * (1 - r), (n - h) * slope, share * (1 - n * n), r, kept)
     else:
-        a_n = (1 - z) * (1 - n * n)
-        a_z = (h - n) * z * (1 - z)
+        a_n = share * (1 - n * n)
         a_r = a_n * unpacked(saved[4], dtype, FORM) * r * (1 - r)
-        f = (dy, a_r, a_z, a_n * r, a_n, z)
-    return f
+        f = (a_r, (h - n) * slope, a_n * r, a_n, kept)
+    return f + (dy, to_scale, is_clipped, is_reset)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
-           do_not_specialize_on_alignment=["dh_n_ptr", "offsets_ptr"])  # fmt: skip
+           do_not_specialize_on_alignment=[
+               "dh_n_ptr", "resets_ptr", "reset_state_ptr", "offsets_ptr",
+           ])  # fmt: skip
 def _gru_backward_kernel(
-    dy_ptr,  # [N, D, H]
-    dh_n_ptr,  # [D, B, H]
+    dy_ptr,  # [N, D, H]           or None for 0
+    dh_n_ptr,  # [D, B, H]           or None for 0
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]  transposed: rows are the columns of U
     h0_ptr,  # [B, D, H]
     y_ptr,  # [N, D, H]
@@ -84,7 +121,13 @@ def _gru_backward_kernel(
     dgh_ptr,  # [N, D, 3, H_ROW]  exchanged: gradients of the recurrent products
     dgx_ptr,  # [N, D, 3, H]      gradients of gx; the textbook form's are those of dgh
     dh0_ptr,  # [D, B, H]
-    offsets_ptr,  # [T + 1]           read if PACKED: where each step's rows begin, and N
+    dreset_ptr,  # [D, B, H]           of reset_state, each sequence's share
+    dscale_ptr,  # [N, D, H]
+    resets_ptr,  # [N, D]              or None: not 0 where a step is entered with the reset state
+    reset_state_ptr,  # [D, H]              or None for 0
+    scale_ptr,  # [N, D, H]           or None: of the candidate's share
+    clip,  # of the state, or None
+    offsets_ptr,  # [T + 1]             or None: where each step's rows begin, and N: PACKED
     error_ptr,
     T,
     B,
@@ -94,10 +137,15 @@ def _gru_backward_kernel(
     D: gl.constexpr,
     FORM: gl.constexpr,
     TEXTBOOK: gl.constexpr,
+    HEADS: gl.constexpr,
     REVERSE: gl.constexpr,
     BIDIRECTIONAL: gl.constexpr,
-    PACKED: gl.constexpr,
 ):
+    PACKED: gl.constexpr = offsets_ptr is not None
+    HAS_DY: gl.constexpr = dy_ptr is not None
+    RESETS: gl.constexpr = resets_ptr is not None
+    LEARNED: gl.constexpr = reset_state_ptr is not None
+    SCALED: gl.constexpr = scale_ptr is not None
     H: gl.constexpr = FORM.H
     H_ROW: gl.constexpr = FORM.H_ROW
     G: gl.constexpr = 3 if TEXTBOOK else 4
@@ -123,9 +171,21 @@ def _gru_backward_kernel(
     parts, states, stages = shared_memory(dtype, SUMS, 3, FORM)
 
     # Against the direction of the forward pass.
-    forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
+    forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL)
     step = gl.where(forwards, -1, 1)
-    dy_ptr += d * H
+    if HAS_DY:
+        dy_ptr += d * H
+    reset_state = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
+    if RESETS:
+        resets_ptr += d
+    if LEARNED:
+        reset_state = gl.load(reset_state_ptr + d * H + unit, mask=mask_h, other=0.0)
+        reset_state = reset_state.to(gl.float32)[:, None]
+    own_dscale = 0
+    if SCALED:
+        scale_ptr += d * H
+        dscale_ptr += d * H
+        own_dscale = own_offsets(unit, D * H, L, FORM)
     h0_ptr += d * H
     y_ptr += d * H
     gates_ptr += d * (G * H)
@@ -144,7 +204,11 @@ def _gru_backward_kernel(
         in_tile_in = mask_h_in[:, None] & (n_row_in < real)[None, :]
         barrier()  # else the compiler, not knowing where a tile begins, puts one into its loop
         h_rows = (d * B + row0) * H
-        dh = gl.load(dh_n_ptr + h_rows + own_h, mask=in_tile, other=0.0).to(gl.float32)
+        if dh_n_ptr is not None:
+            dh = gl.load(dh_n_ptr + h_rows + own_h, mask=in_tile, other=0.0).to(gl.float32)
+        else:
+            dh = gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, L)
+        dreset = gl.full([FORM.BLOCK_H, FORM.BLOCK_B], 0.0, gl.float32, L)
         h0 = h0_ptr + row0 * (D * H)
         awaited = awaited_offsets(awaited_rows(real - 1, FORM), D * 3 * H_ROW, FORM)
 
@@ -157,11 +221,14 @@ def _gru_backward_kernel(
         middle_row, middle_running = row, running
         for k in gl.static_range(AHEAD):
             saved = _fetch_step(
-                dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row, after_running,
-                steps - k, in_tile_in, n_row_in, own_y, own_gates, D, TEXTBOOK, PACKED, FORM,
+                dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, resets_ptr, clip, load_row, load_running,
+                after_row, after_running, steps - k, in_tile_in, n_row_in, n_row, real, own_y,
+                own_gates, D, TEXTBOOK, PACKED, FORM,
             )  # fmt: skip
             if k + 1 < AHEAD:
-                f = _factors(saved, dtype, TEXTBOOK, FORM)
+                f = _factors(
+                    saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
+                )
             middle_row, middle_running = load_row, load_running
             load_row, load_running = after_row, after_running
             after_row, after_running = rows_of_step(
@@ -183,24 +250,33 @@ def _gru_backward_kernel(
                         mask = in_tile
                         awaited_now = awaited
                     if not EARLY:
-                        f = _factors(saved, dtype, TEXTBOOK, FORM)
+                        f = _factors(
+                            saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
+                        )
                     # gates, publish
                     dh_later = dh
-                    dh += f[0]
-                    da_z = dh * f[2]
-                    dgh_n = dh * f[3]
+                    if HAS_DY:
+                        dh += f[5]
+                    if clip is not None:
+                        dh = gl.where(f[7], 0.0, dh)
+                    da_z = dh * f[1]
+                    dgh_n = dh * f[2]
                     row_dgh = dgh_ptr + row * (D * 3 * H_ROW)
                     dgh = row_dgh + own_dgh
                     if SOLO:
                         states[3 * half + 1].store(da_z.to(dtype))
                         states[3 * half + 2].store(dgh_n.to(dtype))
                     if not TEXTBOOK:
-                        da_r = dh * f[1]
+                        da_r = dh * f[0]
                         if SOLO:
                             states[3 * half].store(da_r.to(dtype))
                         publish(dgh, da_r, mask, FORM)
                     publish(dgh + H_ROW, da_z, mask, FORM)
                     publish(dgh + 2 * H_ROW, dgh_n, mask, FORM)
+                    if SCALED:
+                        dscale = dscale_ptr + row * (D * H) + own_dscale
+                        gl.store(dscale, (dh * f[6]).to(dtype), mask=mask)
+                    is_reset = f[8]
                     if TEXTBOOK:
                         # wait, product, total: d(r ⊙ h), and the reset gate's share
                         if SOLO:
@@ -210,25 +286,28 @@ def _gru_backward_kernel(
                             awaited_n = await_tiles(source, wait_limit, error_ptr, CHUNKS, 1, FORM)
                         sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
                         d_reset = total(sums[0], place[1], mask_h, FORM)
-                        da_r = d_reset * f[1]
+                        da_r = d_reset * f[0]
                         if SOLO:
                             states[3 * half].store(da_r.to(dtype))
                         publish(dgh, da_r, mask, FORM)
-                        dh = dh * f[5] + d_reset * f[4]
+                        dh = dh * f[4] + d_reset * f[3]
                     else:
                         dgx = dgx_ptr + row * (D * 3 * H) + own_dgx
                         gl.store(dgx, da_r.to(dtype), mask=mask)
                         gl.store(dgx + H, da_z.to(dtype), mask=mask)
-                        gl.store(dgx + 2 * H, (dh * f[4]).to(dtype), mask=mask)
-                        dh = dh * f[5]
+                        gl.store(dgx + 2 * H, (dh * f[3]).to(dtype), mask=mask)
+                        dh = dh * f[4]
                     # The loads of a later step come before the wait: its first look, so early that
                     # it is in vain, would take from what L2 has for the looks of others.
                     if EARLY:
-                        f = _factors(saved, dtype, TEXTBOOK, FORM)
+                        f = _factors(
+                            saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
+                        )
                     saved = _fetch_step(
-                        dy_ptr, gates_ptr, y_ptr, h0, load_row, load_running, after_row,
-                        after_running, steps - (i + half + AHEAD), in_tile_in, n_row_in, own_y,
-                        own_gates, D, TEXTBOOK, PACKED, FORM,
+                        dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, resets_ptr, clip, load_row,
+                        load_running, after_row, after_running, steps - (i + half + AHEAD),
+                        in_tile_in, n_row_in, n_row, real, own_y, own_gates, D, TEXTBOOK, PACKED,
+                        FORM,
                     )  # fmt: skip
                     # wait
                     if SOLO:
@@ -241,6 +320,10 @@ def _gru_backward_kernel(
                     sums = product((u,), tiles, stages, place[0:1], FORM)
                     # total
                     dh += total(sums[0], place[0], mask_h, FORM)
+                    if RESETS:
+                        if LEARNED:
+                            dreset += gl.where(is_reset, dh, 0.0)
+                        dh = gl.where(is_reset, 0.0, dh)
                     # on
                     if PACKED:
                         dh = gl.where(mask, dh, dh_later)
@@ -257,12 +340,14 @@ def _gru_backward_kernel(
                         row += step * B
                         load_row += step * B
                         after_row = load_row + step * B
-        gl.store(dh0_ptr + h_rows + own_h, dh.to(dtype), mask=in_tile)
+        gl.store(dh0_ptr + h_rows + own_h, dh.to(dh0_ptr.dtype.element_ty), mask=in_tile)
+        if LEARNED:
+            gl.store(dreset_ptr + h_rows + own_h, dreset.to(dtype), mask=in_tile)
 
 
 def gru_backward(
-    dy: Tensor,
-    dh_n: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
     h0: Tensor,
     w_hh: Tensor,
     y: Tensor,
@@ -272,24 +357,35 @@ def gru_backward(
     textbook: bool,
     reverse: bool,
     bidirectional: bool,
+    heads: int = 1,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    update_scale: Tensor | None = None,
+    clip: float | None = None,
     plan: LaunchPlan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk the recurrence back from dy, laid out as y, and dh_n (D, B, H), all tensors contiguous
-    and as `gru_forward` took and returned them, as `reference.gru_backward` does.
-
-    Returns dgx, laid out as gx; dgh, the gradients of the recurrent products, empty in the textbook
-    form, whose are those of gx; and dh0 (D, B, H)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Walk the recurrence back from dy, laid out as y, and dh_n (D, B, H), each None for zeros, all
+    tensors contiguous and as `gru_forward` took and returned them, as `reference.gru_backward`
+    does, and with what it returns."""
     *shape, D, H = y.shape
     B = h0.shape[1]
     assert (H, D) == (plan.H, plan.D)
     rows = *shape, D, 3, plan.row
     dgh = y.new_empty(rows) if plan.solo else unwritten(*rows, H=H, like=y)
     dgx = y.new_empty(0 if textbook else (*shape, D, 3 * H))
-    dh0 = y.new_empty(D, B, H)
+    dh0 = h0.new_empty(D, B, H)
+    dreset_state = y.new_empty(0 if reset_state is None else (D, B, H))
+    dscale = y.new_empty(0 if update_scale is None else y.shape)
     u = pad_hidden(w_hh, plan.H_pad, transposed=True)
-    h0_rows = aligned(h0.transpose(0, 1))  # as y's
-    arguments = aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(gates), dgh, dgx, dh0
-    switches = {"TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
-    launch(_gru_backward_kernel, arguments, offsets, shape, B, plan, **switches)
+    h0_rows = aligned(h0.to(y.dtype).transpose(0, 1))  # as y's
+    arguments = (
+        aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(gates), dgh, dgx, dh0, dreset_state,
+        dscale, as_bytes(resets), reset_state, aligned(update_scale), rounded(clip, y.dtype),
+    )  # fmt: skip
+    switches = {
+        "TEXTBOOK": textbook, "HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
+    }  # fmt: skip
+    launch(_gru_backward_kernel, arguments, y, offsets, shape, B, plan, **switches)
     dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding
-    return (dgh, dgx, dh0) if textbook else (dgx, dgh, dh0)
+    dgx, dgh = (dgh, dgx) if textbook else (dgx, dgh)
+    return dgx, dgh, dh0, dreset_state, dscale

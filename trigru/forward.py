@@ -7,44 +7,65 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .exchange import await_tiles, publish, unwritten
-from .launch import launch
+from .launch import as_bytes, launch, rounded
 from .plan import LaunchPlan, aligned, pad_hidden
+from .products import load_us, product, total
 from .tiles import (
     awaited_offsets,
     awaited_rows,
     barrier,
+    fetch,
     fetch3,
-    load_us,
+    fetch_resets,
     own_offsets,
     own_units,
-    product,
     rows_of_step,
     shared_memory,
     sigmoid,
     sigmoids,
     steps_of_tile,
     tanh,
-    total,
     unpacked,
     walks_forwards,
 )
 
 
+@gluon.jit
+def _fetch_input(gx_ptr, scale_ptr, row, own_gx, own_scale, mask, D: gl.constexpr,
+                 SCALED: gl.constexpr, FORM: gl.constexpr):  # fmt: skip
+    """What a step reads: gx of the gates r, z, n and, if SCALED, the scale of the candidate."""
+    H: gl.constexpr = FORM.H
+    loaded = fetch3(gx_ptr + row * (D * 3 * H) + own_gx, mask, H, FORM)
+    if SCALED:
+        loaded = loaded + (fetch(scale_ptr + row * (D * H) + own_scale, mask, FORM),)
+    return loaded
+
+
 @gluon.jit(
     do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
-    # Read once a launch, and often from a view: any offset is the same kernel.
-    do_not_specialize_on_alignment=["b_hh_ptr", "h0_ptr", "offsets_ptr"],
+    # Read once a launch, and often from a view, or by bytes: any offset is the same kernel.
+    do_not_specialize_on_alignment=[
+        "b_hh_ptr",
+        "h0_ptr",
+        "resets_ptr",
+        "reset_state_ptr",
+        "offsets_ptr",
+    ],
 )
 def _gru_forward_kernel(
     gx_ptr,  # [N, D, 3, H]     input projection of the gates r, z, n
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]
-    b_hh_ptr,  # [D, 3, H]        read if HAS_BIAS
+    b_hh_ptr,  # [D, 3, H]        or None
     h0_ptr,  # [D, B, H]
-    y_ptr,  # [N + B, D, H_ROW] exchanged: the state after each step, then h0 as if one of them
+    y_ptr,  # [N + 2B, D, H_ROW] exchanged: the state after each step; h0; the reset state, B times
     rh_ptr,  # [N, D, H_ROW]    exchanged: r ⊙ h, textbook only
     gates_ptr,  # [N, D, G, H]     written if SAVE: r, z, n and (torch) gh_n
     h_n_ptr,  # [D, B, H]
-    offsets_ptr,  # [T + 1]          read if PACKED: where each step's rows begin, and N
+    resets_ptr,  # [N, D]           or None: not 0 where a step is entered with the reset state
+    reset_state_ptr,  # [D, H]           or None for 0
+    scale_ptr,  # [N, D, H]        or None: of the candidate's share
+    clip,  # of the state, or None
+    offsets_ptr,  # [T + 1]          or None: where each step's rows begin, and N: PACKED
     error_ptr,
     T,
     B,
@@ -54,12 +75,14 @@ def _gru_forward_kernel(
     D: gl.constexpr,
     FORM: gl.constexpr,
     TEXTBOOK: gl.constexpr,
+    HEADS: gl.constexpr,
     REVERSE: gl.constexpr,
     BIDIRECTIONAL: gl.constexpr,
-    PACKED: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     SAVE: gl.constexpr,
 ):
+    PACKED: gl.constexpr = offsets_ptr is not None
+    RESETS: gl.constexpr = resets_ptr is not None
+    SCALED: gl.constexpr = scale_ptr is not None
     H: gl.constexpr = FORM.H
     H_ROW: gl.constexpr = FORM.H_ROW
     G: gl.constexpr = 3 if TEXTBOOK else 4
@@ -86,14 +109,18 @@ def _gru_forward_kernel(
     b_r = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
     b_z = b_r
     b_n = b_r
-    if HAS_BIAS:
+    reset_state = b_r
+    if b_hh_ptr is not None:
         bias = b_hh_ptr + d * (3 * H) + unit
         b_r = gl.load(bias, mask=mask_h, other=0.0).to(gl.float32)[:, None]
         b_z = gl.load(bias + H, mask=mask_h, other=0.0).to(gl.float32)[:, None]
         b_n = gl.load(bias + 2 * H, mask=mask_h, other=0.0).to(gl.float32)[:, None]
+    if reset_state_ptr is not None:
+        reset_state = gl.load(reset_state_ptr + d * H + unit, mask=mask_h, other=0.0)
+        reset_state = reset_state.to(gl.float32)[:, None]
 
     N = gl.load(offsets_ptr + T) if PACKED else T.to(gl.int64) * B
-    forwards = walks_forwards(d, REVERSE, BIDIRECTIONAL)
+    forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL)
     step = gl.where(forwards, 1, -1)
     gx_ptr += d * (3 * H)
     y_ptr += d * H_ROW
@@ -103,6 +130,12 @@ def _gru_forward_kernel(
     own_y = own_offsets(unit, D * H_ROW, L, FORM)
     own_gates = own_offsets(unit, D * G * H, L, FORM)
     own_h = own_offsets(unit, H, L, FORM)
+    own_scale = 0
+    if SCALED:
+        scale_ptr += d * H
+        own_scale = own_offsets(unit_in, D * H, L_IN, FORM)
+    if RESETS:
+        resets_ptr += d
 
     first_row = gl.program_id(1).to(gl.int64) * rows
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
@@ -112,10 +145,12 @@ def _gru_forward_kernel(
         h_rows = (d * B + row0) * H
         h = gl.load(h0_ptr + h_rows + own_h, mask=mask, other=0.0).to(gl.float32)
         before = N + row0  # the row of the state before a step: h0's in the first one
-        if SOLO:
-            states[0].store(h.to(dtype))
-        else:
+        row_reset = N + B + row0
+        if not SOLO:
             publish(y_ptr + before * (D * H_ROW) + own_y, h, mask, FORM)
+            if RESETS:
+                ptrs = y_ptr + row_reset * (D * H_ROW) + own_y
+                publish(ptrs, reset_state + 0 * h, mask, FORM)
         awaited = awaited_offsets(awaited_rows(real - 1, FORM), D * H_ROW, FORM)
 
         steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
@@ -127,6 +162,17 @@ def _gru_forward_kernel(
         running_before = 0 * running
         if PACKED:
             mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
+        if RESETS:  # before this step, as it is; before the next one, under way
+            end = gl.minimum(running, real)
+            reset = fetch_resets(resets_ptr, row, n_row, end, D)
+            h = gl.where((reset != 0)[None, :], reset_state, h)
+            is_reset = fetch_resets(resets_ptr, row, awaited_rows(end - 1, FORM), end, D) != 0
+            row_after, running_after = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
+            end = gl.minimum(running_after, real)
+            reset = fetch_resets(resets_ptr, row_after, n_row, end, D)
+            reset_in = fetch_resets(resets_ptr, row_after, awaited_rows(end - 1, FORM), end, D)
+        if SOLO:
+            states[0].store(h.to(dtype))
         mask_in = mask_h_in[:, None] & (n_row_in < real)[None, :]
         for k in gl.static_range(AHEAD):
             if PACKED:
@@ -134,7 +180,9 @@ def _gru_forward_kernel(
                 load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
             else:
                 load_mask = mask_in & (k < steps)
-            loaded = fetch3(gx_ptr + load_row * (D * 3 * H) + own_gx, load_mask, H, FORM)
+            loaded = _fetch_input(
+                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED, FORM
+            )
             if k == 0:
                 gx = loaded
             middle_row, middle_running = load_row, load_running
@@ -154,7 +202,12 @@ def _gru_forward_kernel(
                         if PACKED:  # of sequences that begin with this step h0 is the state before
                             at = awaited_rows(gl.minimum(running, real) - 1, FORM)
                             rows_before = gl.where(at < running_before, before, N + row0) + at
+                            if RESETS:
+                                rows_before = gl.where(is_reset, row_reset + at, rows_before)
                             source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
+                        elif RESETS:
+                            first = gl.where(is_reset, row_reset, before) * (D * H_ROW)
+                            source = y_ptr + first[None, None, :] + awaited
                         state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
                     a_r = unpacked(gx[0], dtype, FORM) + b_r
                     a_z = unpacked(gx[1], dtype, FORM) + b_z
@@ -165,10 +218,15 @@ def _gru_forward_kernel(
                         load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
                     else:
                         load_mask = mask_in & (i + half + AHEAD < steps)
-                    source_gx = gx_ptr + load_row * (D * 3 * H) + own_gx
+                    share = None
+                    if SCALED:
+                        share = unpacked(gx[3], dtype, FORM)
                     if SOLO:
                         gx = loaded
-                        loaded = fetch3(source_gx, load_mask, H, FORM)
+                        loaded = _fetch_input(
+                            gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
+                            FORM,
+                        )  # fmt: skip
                     # product
                     us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
                     place = parts[3 * half : 3 * half + 3]
@@ -185,7 +243,7 @@ def _gru_forward_kernel(
                         reset = r * h
                         if SOLO:
                             states[2 + half].store(reset.to(dtype))
-                            reset_state = (states[2 + half],)
+                            reset_tiles = (states[2 + half],)
                         else:
                             rh = rh_ptr + row * (D * H_ROW)
                             publish(rh + own_y, reset, mask, FORM)
@@ -195,27 +253,56 @@ def _gru_forward_kernel(
                             source = rh + awaited
                             if PACKED:
                                 source = rh + awaited_offsets(at, D * H_ROW, FORM)
-                            reset_state = await_tiles(
+                            reset_tiles = await_tiles(
                                 source, wait_limit, error_ptr, CHUNKS, 1, FORM
                             )
-                        sums_n = product((u_n,), reset_state, stages, place[2:3], FORM)
+                        sums_n = product((u_n,), reset_tiles, stages, place[2:3], FORM)
                         n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM), FORM)
-                        h = (1 - z) * h + z * n
                     else:
                         gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
                         n = tanh(a_n + r * gh_n, FORM)
+                    if SCALED:
+                        share *= z if TEXTBOOK else 1 - z
+                        h = (1 - share) * h + share * n
+                    elif TEXTBOOK:
+                        h = (1 - z) * h + z * n
+                    else:
                         h = n + z * (h - n)
+                    if clip is not None:  # a NaN stays
+                        h = gl.where(gl.abs(h) > clip, gl.where(h > 0, clip, -clip), h)
                     if PACKED:
                         h = gl.where(mask, h, h_before)
+                    entering = h  # the next step
+                    if RESETS:
+                        entering = gl.where((reset != 0)[None, :], reset_state, h)
                     # publish
                     y = y_ptr + row * (D * H_ROW) + own_y
                     if SOLO:
-                        states[1 - half].store(h.to(dtype))
+                        states[1 - half].store(entering.to(dtype))
                     publish(y, h, mask, FORM)
+                    h = entering
+                    # What is loaded comes not before all of this step's is converted, in front of
+                    # which the compiler would put it: scoreboards are shared, so that it would be
+                    # waited for. The resets of two steps on: an address waits for those.
+                    if RESETS:
+                        is_reset = reset_in != 0
+                        if PACKED:
+                            row_after, running_after = rows_of_step(
+                                offsets_ptr, t + 2 * step, row0, T, B, PACKED
+                            )
+                            end = gl.minimum(running_after, real)
+                        else:
+                            row_after = row + 2 * step * B
+                            end = gl.where(i + half + 2 < steps, real, 0)
+                        reset = fetch_resets(resets_ptr, row_after, n_row, end, D)
+                        reset_in = fetch_resets(
+                            resets_ptr, row_after, awaited_rows(end - 1, FORM), end, D
+                        )
                     if not SOLO:
-                        # Not before all of this step's is converted, in front of which the compiler
-                        # would put it: scoreboards are shared, so that it would be waited for.
-                        gx = fetch3(source_gx, load_mask, H, FORM)
+                        gx = _fetch_input(
+                            gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
+                            FORM,
+                        )  # fmt: skip
                     if SAVE:
                         gates = gates_ptr + row * (D * G * H) + own_gates
                         gl.store(gates, r.to(dtype), mask=mask)
@@ -241,7 +328,7 @@ def _gru_forward_kernel(
                         # The same row twice: each is the way that takes fewer registers there.
                         load_row = row + step * B if FORM.STAGES > 0 else load_row + step * B
         mask = mask_h[:, None] & (n_row < real)[None, :]
-        gl.store(h_n_ptr + h_rows + own_h, h.to(dtype), mask=mask)
+        gl.store(h_n_ptr + h_rows + own_h, h.to(h_n_ptr.dtype.element_ty), mask=mask)
 
 
 def gru_forward(
@@ -254,6 +341,11 @@ def gru_forward(
     textbook: bool,
     reverse: bool,
     bidirectional: bool,
+    heads: int = 1,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    update_scale: Tensor | None = None,
+    clip: float | None = None,
     save: bool,
     plan: LaunchPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,14 +361,17 @@ def gru_forward(
     if plan.solo:  # the state stays in the program and nothing is waited for
         y = rh = gx.new_empty(N, *rows)
     else:
-        y = unwritten(N + B, *rows, H=H, like=gx)
+        y = unwritten(N + (B if resets is None else 2 * B), *rows, H=H, like=gx)
         rh = unwritten(N, *rows, H=H, like=gx) if textbook else y  # else it is not touched
     gates = gx.new_empty((*shape, D, G, H) if save else 0)
-    h_n = gx.new_empty(D, B, H)
-    arguments = aligned(gx), pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n
+    h_n = h0.new_empty(D, B, H)
+    arguments = (
+        aligned(gx), pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n,
+        as_bytes(resets), reset_state, aligned(update_scale), rounded(clip, gx.dtype),
+    )  # fmt: skip
     switches = {
-        "TEXTBOOK": textbook, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
-        "HAS_BIAS": b_hh is not None, "SAVE": save,
+        "TEXTBOOK": textbook, "HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
+        "SAVE": save,
     }  # fmt: skip
-    launch(_gru_forward_kernel, arguments, offsets, shape, B, plan, **switches)
+    launch(_gru_forward_kernel, arguments, gx, offsets, shape, B, plan, **switches)
     return y[:N, :, :H].reshape(*shape, D, H).contiguous(), h_n, gates

@@ -75,7 +75,17 @@ def compile_options() -> dict[str, Any]:
     return {name: value for name, value in options.items() if hasattr(CUDAOptions, name)}
 
 
-def compile_time(plan: LaunchPlan, exact: bool, **switches: bool) -> dict[str, Any]:
+def as_bytes(resets: Tensor | None) -> Tensor | None:
+    """Bools as the kernels load them."""
+    return None if resets is None else resets.view(torch.uint8)
+
+
+def rounded(clip: float | None, dtype: torch.dtype) -> float | None:
+    """The clip as a state of this type can have it, by which whoever sees the state knows it."""
+    return None if clip is None else torch.tensor(clip, dtype=dtype).item()
+
+
+def compile_time(plan: LaunchPlan, exact: bool, **switches: int) -> dict[str, Any]:
     """The kernel's constexpr arguments for a plan, by name."""
     from .form import Form  # Triton is not on every machine
 
@@ -91,23 +101,25 @@ def compile_time(plan: LaunchPlan, exact: bool, **switches: bool) -> dict[str, A
 def launch(
     kernel: Any,
     arguments: tuple,
+    like: Tensor,
     offsets: Tensor | None,
     shape: Sequence[int],
     B: int,
     plan: LaunchPlan,
-    **switches: bool,
+    **switches: int,
 ) -> None:
     """Launch `kernel` over B sequences as `plan` says: once, or once for each part of D.
 
-    shape: (T, B), or (N,) with offsets (T + 1,)."""
+    like: of what is multiplied, for its device and dtype. shape: (T, B), or (N,) with offsets
+    (T + 1,)."""
     if B == 0:
         return
     T = shape[0] if offsets is None else len(offsets) - 1
-    device, dtype = arguments[0].device, arguments[0].dtype
+    device, dtype = like.device, like.dtype
     raise_if_failed(device)
     groups, tiles_at_once, _ = plan.grid(B)
     exact = is_exact(dtype, device)
-    constants = compile_time(plan, exact, PACKED=offsets is not None, **switches)
+    constants = compile_time(plan, exact, **switches)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)

@@ -13,7 +13,7 @@ between plans that fit is a model of clocks per step, fitted to what the compile
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -302,8 +302,10 @@ def clocks(plan: LaunchPlan, B: int, *, backward: bool, textbook: bool) -> float
     return plan.rounds(B) * step
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor contiguous, and where a vector can begin."""
+def aligned(tensor: Any) -> Any:
+    """The tensor contiguous, and where a vector can begin; None as it is."""
+    if tensor is None:
+        return None
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % VECTOR_BYTES == 0 else tensor.clone()
 

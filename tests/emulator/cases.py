@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.compiling import TARGETS
 from trigru import backward, derivatives, forward, launch, reference
-from trigru.accuracy import RESULTS, problem, violations, yardsticks
+from trigru.accuracy import problem, violations, yardsticks
 from trigru.plan import LaunchPlan, candidates, plan_launch
 
 from .launches import INTEGER, Emulator
@@ -19,6 +19,7 @@ from .run import MAX_INSTRUCTIONS
 DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32,
 }  # fmt: skip
+DIFFERENTIABLE = ("reset_state", "update_scale")  # of what nn.GRU does not have
 IN_ROWS = {"gx", "dy", "y", "dgx"}  # (…, D, width); the others are (D, …)
 WARPS = 4  # of a program of a small group
 
@@ -40,6 +41,12 @@ class Case:
     reverse: bool = False
     bias: bool = True
     save: bool = True
+    resets: str = ""  # "zero" or "learned", the reset state
+    scaled: bool = False  # with an update_scale
+    clip: float | None = None
+    heads: int = 1
+    loss: str = ""  # of "y" or "h_n" alone
+    carried: bool = False  # h0 in float32
     batch_programs: int | None = None  # fewer than tiles: they follow one another
     directions: int | None = None  # of a launch
     poison: str = ""  # "nan", "inf" or "held" (an infinity that stays) in one row of `where`
@@ -62,7 +69,27 @@ class Case:
 
     @property
     def walk(self) -> dict[str, bool]:
-        return {"reverse": self.reverse, "bidirectional": self.D >= 2 and not self.reverse}
+        both = self.D >= 2 * self.heads and not self.reverse
+        return {"reverse": self.reverse, "bidirectional": both, "heads": self.heads}
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The resets: random ones, and of all sequences before the second step."""
+        if not self.resets:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.T, self.B, self.D) if self.lengths is None else (sum(self.lengths), self.D)
+        mask = torch.rand(shape, generator=generator) < 0.3
+        if self.lengths is None:
+            mask[1:2] = True
+        return mask
+
+    @property
+    def modifiers(self) -> dict[str, Any]:
+        """What is not differentiable of that which nn.GRU cannot do."""
+        given = {"resets": self.mask, "clip": self.clip}
+        given = {name: value for name, value in given.items() if value is not None}
+        return given | ({"heads": self.heads} if self.heads > 1 else {})
 
     @property
     def offsets(self) -> torch.Tensor | None:
@@ -159,32 +186,50 @@ def _tf32(x: Any) -> Any:
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def launched(case: Case, inputs: dict, cotangents: dict, emulator: Emulator) -> tuple:
+    """Forward through the library's launcher, y, h_n and the gates; and backward, what that
+    returns, or nothing, if there is nothing saved or nothing right to go on with."""
+    how = {"offsets": case.offsets, "textbook": case.textbook, **case.walk, **case.modifiers}
+    how |= {k: inputs[k] for k in DIFFERENTIABLE if k in inputs}
+    main = {k: v for k, v in inputs.items() if k not in DIFFERENTIABLE}
+    with emulator:
+        results = forward.gru_forward(
+            **main, **how, save=case.save, plan=plan_of(case, backward=False)
+        )
+        if not case.save or case.missing:
+            return results, ()
+        y, _, gates = results
+        gradients = backward.gru_backward(
+            *(None if case.loss not in ("", k) else cotangents[f"d{k}"] for k in ("y", "h_n")),
+            main["h0"], main["w_hh"], y, gates, **how, plan=plan_of(case, backward=True),
+        )  # fmt: skip
+    launch.raise_if_failed(y.device)
+    return results, gradients
+
+
 def run_kernels(
     case: Case, inputs: dict, cotangents: dict, emulator: Emulator
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward through the library's launchers and its weight gradients; y and h_n
-    alone, if there is nothing saved or nothing right to go on with."""
-    h0, w_hh, offsets = inputs["h0"], inputs["w_hh"], case.offsets
-    with emulator:
-        y, h_n, gates = forward.gru_forward(
-            **inputs, offsets=offsets, textbook=case.textbook, **case.walk, save=case.save,
-            plan=plan_of(case, backward=False),
-        )  # fmt: skip
-        if not case.save or case.missing:
-            return {"y": y, "h_n": h_n}
-        dgx, dgh, dh0 = backward.gru_backward(
-            cotangents["dy"], cotangents["dh_n"], h0, w_hh, y, gates, offsets,
-            textbook=case.textbook, **case.walk, plan=plan_of(case, backward=True),
-        )  # fmt: skip
-    launch.raise_if_failed(y.device)
-    before = reference.states_before(y, h0, offsets, **case.walk)
+    """The results of both launches, by name, and of the library's weight gradients."""
+    (y, h_n, gates), gradients = launched(case, inputs, cotangents, emulator)
+    if not gradients:
+        return {"y": y, "h_n": h_n}
+    dgx, dgh, dh0, dreset_state, dscale = gradients
+    resets = {k: v for k, v in (case.modifiers | inputs).items() if k.startswith("reset")}
+    before = reference.states_before(y, inputs["h0"], case.offsets, **case.walk, **resets)
     dw_hh, db_hh = (
         derivatives.weight_gradients(dgx, before, gates[..., 0, :] * before)
         if case.textbook
         else derivatives.weight_gradients(dgh, before, before)
     )
-    names = RESULTS[:-1] if inputs["b_hh"] is None else RESULTS
-    return dict(zip(names, (y, h_n, dgx, dh0, dw_hh, db_hh), strict=False))
+    named = {"y": y, "h_n": h_n, "dgx": dgx, "dh0": dh0, "dw_hh": dw_hh}
+    if inputs["b_hh"] is not None:
+        named["db_hh"] = db_hh
+    if "reset_state" in inputs:
+        named["dreset_state"] = dreset_state.sum(1)
+    if "update_scale" in inputs:
+        named["dupdate_scale"] = dscale
+    return named
 
 
 def problem_of(case: Case) -> tuple[dict, dict]:
@@ -195,6 +240,15 @@ def problem_of(case: Case) -> tuple[dict, dict]:
     )  # fmt: skip
     if not case.bias:
         inputs["b_hh"] = None
+    if case.resets == "learned":
+        inputs["reset_state"] = torch.randn(case.D, case.H).to(case.dtype)
+    if case.scaled:
+        inputs["update_scale"] = torch.randn_like(inputs["gx"][..., : case.H])
+    if case.carried:
+        inputs["h0"] = torch.randn(inputs["h0"].shape)
+    for name in ("dy", "dh_n"):
+        if case.loss not in ("", name[1:]):
+            cotangents[name].zero_()
     if case.poison == "held":  # by gates that +inf in unit 0 closes: all other units stay finite
         column = inputs["w_hh"][..., 0]
         column.copy_(column.abs() + 2**-6)
@@ -245,6 +299,8 @@ def _compared(case: Case, inputs: dict, cotangents: dict, emulator: Callable) ->
         poisoned = poison(case, inputs)
         actual = run_kernels(case, poisoned, cotangents, emulator())
         return _poisoned(case, clean, actual, _yardsticks(case, poisoned, cotangents)[0])
+    if case.clip is not None:
+        return _clipped(case, inputs, cotangents, emulator())
     wrong = []
     for seed in range(1, case.again + 1):
         other = run_kernels(case, inputs, cotangents, emulator(77 * seed))
@@ -254,15 +310,40 @@ def _compared(case: Case, inputs: dict, cotangents: dict, emulator: Callable) ->
     return wrong + violations(clean, {k: exact[k] for k in clean}, {k: yardstick[k] for k in clean})
 
 
+def _clipped(case: Case, inputs: dict, cotangents: dict, emulator: Emulator) -> list[str]:
+    """Whether a state next to the clip is beyond it may be rounding's doing, which the gradient
+    then shows: the walk back is compared with the reference's from the same saved tensors."""
+    (y, h_n, gates), gradients = launched(case, inputs, cotangents, emulator)
+    exact, yardstick = _yardsticks(case, inputs, cotangents)
+    limit = y.new_tensor(case.clip)
+    wrong = [] if y.abs().max() == limit else [f"states up to {y.abs().max()}, not {limit}"]
+    wrong += violations(
+        {"y": y, "h_n": h_n}, *({k: e[k] for k in ("y", "h_n")} for e in (exact, yardstick))
+    )
+
+    def walked_back(dtype: torch.dtype) -> dict:
+        saved = cotangents["dy"], cotangents["dh_n"], inputs["h0"], inputs["w_hh"], y, gates
+        how = {k: inputs[k].to(dtype) for k in DIFFERENTIABLE if k in inputs}
+        results = reference.gru_backward(
+            *(t.to(dtype) for t in saved), case.offsets, textbook=case.textbook, **case.walk,
+            **case.modifiers | {"clip": limit.item()}, **how,
+        )  # fmt: skip
+        return {str(i): t for i, t in enumerate(results)}
+
+    actual = {str(i): t for i, t in enumerate(gradients)}
+    return wrong + violations(actual, walked_back(torch.float64), walked_back(case.dtype))
+
+
 def _yardsticks(case: Case, inputs: dict, cotangents: dict) -> tuple[dict, dict]:
     """Of float64, and of PyTorch; an ensemble's are those of its members, two by two."""
-    if case.D > 2:
+    if case.D > 2 * case.heads:
         parts = [
             _yardsticks(replace(case, D=2), pair(inputs, d), pair(cotangents, d))
             for d in range(0, case.D, 2)
         ]
         return tuple(_joined([part[i] for part in parts]) for i in (0, 1))
     how = {"textbook": case.textbook, "reverse": case.reverse, "offsets": case.offsets}
+    how |= case.modifiers
     exact, yardstick = yardsticks(inputs, cotangents, **how)
     if case.precision == "tf32":
         with _Tf32Products():

@@ -1,5 +1,6 @@
 """The library's launches, run in the emulator instead of on a device."""
 
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,13 +31,16 @@ class Roles:
 
 ROLES = {
     "_gru_forward_kernel": Roles({"gates_ptr", "h_n_ptr"}, {"y_ptr", "rh_ptr"}),
-    "_gru_backward_kernel": Roles({"dgx_ptr", "dh0_ptr"}, {"dgh_ptr"}),
+    "_gru_backward_kernel": Roles({"dgx_ptr", "dh0_ptr", "dreset_ptr", "dscale_ptr"}, {"dgh_ptr"}),
     "_exchange_kernel": Roles(exchanged={"y_ptr"}),
 }
 # The rest of what is known of arguments: those that a large batch does not make larger, and those
 # that have a row for each sequence, not for each step of one.
-WITHOUT_ROWS = {"w_hh_ptr", "b_hh_ptr", "error_ptr"}
-ROW_A_SEQUENCE = {"h0_ptr", "h_n_ptr", "dh_n_ptr", "dh0_ptr"}
+WITHOUT_ROWS = {"w_hh_ptr", "b_hh_ptr", "reset_state_ptr", "error_ptr"}
+ROW_A_SEQUENCE = {"h0_ptr", "h_n_ptr", "dh_n_ptr", "dh0_ptr", "dreset_ptr"}
+
+
+EXCHANGED = set.union(*(roles.exchanged for roles in ROLES.values()))
 
 
 def tile_rows(bound: dict[str, Any]) -> int:
@@ -105,7 +109,7 @@ class _Emulated:
         if e.far:
             buffers, passed = _far(passed, tile_rows(bound), buffers, addresses, e.far)
             how = {"first_y": e.far, "count_y": e.far + 1}
-        parameters = [addresses[k] if k in addresses else int(v) for k, v in passed.items()]
+        parameters = [addresses[k] if k in addresses else _bits(v) for k, v in passed.items()]
         result = run(
             text, ptx.name, grid, 32 * ptx.num_warps, ptx.shared_bytes, parameters, buffers,
             seed=e.seed, missing=e.missing, max_instructions=e.max_instructions, **how,
@@ -123,6 +127,13 @@ class _Emulated:
         turns = torch.zeros(tensor.numel(), tensor.itemsize // 2, dtype=torch.int32)
         buffer.stored_at = turns.data_ptr()
         return turns
+
+
+def _bits(scalar: int | float) -> int:
+    """A parameter as it lies in memory; a float is of 32 bits."""
+    return (
+        int.from_bytes(struct.pack("f", scalar), "little") if isinstance(scalar, float) else scalar
+    )
 
 
 def _buffers(
@@ -216,6 +227,6 @@ def _first_rows(name: str, tensor: torch.Tensor, B: int, row0: int) -> list[int]
     """Where the tile's rows begin in such a batch, in each step that the tensor has."""
     if name in WITHOUT_ROWS or name in ROW_A_SEQUENCE or not tensor.numel():
         return [row0]
-    # (T, B, …), or y as the kernel sees it: (N + B, D, …), which ends with h0's rows
-    steps = tensor.shape[0] if tensor.shape[1] == B and tensor.dim() > 3 else tensor.shape[0] // B
+    # (T, B, …), or as the kernel exchanges it: (N, D, …), of y with rows of h0 and resets behind
+    steps = tensor.shape[0] if name not in EXCHANGED or tensor.dim() > 3 else tensor.shape[0] // B
     return [t * (row0 + B) + row0 for t in range(steps)]

@@ -397,7 +397,7 @@ SOURCE = [
     SourceMutant(
         "gates swapped",
         LATENCY,
-        "tiles.py",
+        "products.py",
         "load_u(u_ptr + SQUARE",
         "load_u(u_ptr + 2 * SQUARE",
         NUMBERS,
@@ -465,18 +465,18 @@ SOURCE = [
     SourceMutant(
         "a chunk is not awaited",
         STAGED,
-        "tiles.py",
+        "products.py",
         f"{SETTLE}\n            begun = begun[1:]\n    return sums\n",
         "arrived = begun[0]\n            begun = begun[1:]\n    return sums\n",
         NUMBERS,
     ),
     SourceMutant(
-        "a chunk is not awaited, wgmma", WGMMA, "tiles.py", SETTLE, "arrived = begun[0]", NUMBERS
+        "a chunk is not awaited, wgmma", WGMMA, "products.py", SETTLE, "arrived = begun[0]", NUMBERS
     ),
     SourceMutant(
         "a chunk's product is not added",
         CHUNKS,
-        "tiles.py",
+        "products.py",
         "sums[g] + multiply(u, tile, nil, FORM)",
         "multiply(u, tile, nil, FORM)",
         NUMBERS,
@@ -500,7 +500,7 @@ SOURCE = [
     SourceMutant(
         "wgmma: a stage is overwritten while it is read",
         replace(WGMMA, H=300),
-        "tiles.py",
+        "products.py",
         WAIT_WGMMA,
         "",
         "under way|racecheck",
@@ -508,7 +508,7 @@ SOURCE = [
     SourceMutant(
         "K in the order of memory",
         LATENCY,
-        "tiles.py",
+        "products.py",
         "tile = fragments_first(tile, FORM)",
         "tile = tile",
         NUMBERS,
@@ -532,14 +532,14 @@ SOURCE = [
     ),
     *(
         SourceMutant(
-            f"exact float32: no correction of {name}", EXACT, "tiles.py", text, "", NUMBERS
+            f"exact float32: no correction of {name}", EXACT, "products.py", text, "", NUMBERS
         )
         for name, text in zip(("U", "the state"), CORRECTIONS, strict=True)
     ),
     SourceMutant(
         "exact float32: an infinity multiplied twice",
         inf(EXACT),
-        "tiles.py",
+        "products.py",
         "mma_v2(remainder(a, a_high), finite(b_high)",
         "mma_v2(remainder(a, a_high), b_high",
         NANS,
