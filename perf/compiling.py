@@ -83,7 +83,7 @@ def compile_plan(
         elif name in scalars:
             signature[name] = scalars[name]
         else:
-            pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64", "resets_ptr": "*u8"}
+            pointers = {"error_ptr": "*i32", "offsets_ptr": "*i64", "resets_ptr": "*i32"}
             signature[name] = pointers.get(name, "*" + ELEMENT[dtype])
             if not kernel.params[i].do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]

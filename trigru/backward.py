@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .exchange import await_tiles, publish, unwritten
-from .launch import as_bytes, launch, rounded
+from .launch import launch, packed_resets, rounded
 from .plan import LaunchPlan, aligned, pad_hidden
 from .products import load_us, product, total
 from .tiles import (
@@ -14,9 +14,10 @@ from .tiles import (
     barrier,
     fetch,
     fetch3,
-    fetch_resets,
+    is_set,
     own_offsets,
     own_units,
+    resets_ahead,
     rows_of_step,
     shared_memory,
     steps_of_tile,
@@ -26,13 +27,13 @@ from .tiles import (
 
 
 @gluon.jit
-def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, resets_ptr, clip, row, running,
-                before_row, before_running, left, in_tile, n_row_in, n_row, real, own_y, own_gates,
+def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
+                before_row, before_running, left, in_tile, n_row_in, own_y, own_gates,
                 D: gl.constexpr, TEXTBOOK: gl.constexpr, PACKED: gl.constexpr,
                 FORM: gl.constexpr):  # fmt: skip
     """What a step of the walk reads: r, z, n, the state before, which is h0 for sequences that
-    begin with it, gh_n (torch), dy, the scale, the state after, and which sequences are reset; n
-    for what is not there. left: how many steps there are from this one on."""
+    begin with it, gh_n (torch), dy, the scale and the state after; n for what is not there. left:
+    how many steps there are from this one on."""
     H: gl.constexpr = FORM.H
     G: gl.constexpr = 3 if TEXTBOOK else 4
     if PACKED:
@@ -49,7 +50,6 @@ def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, resets_ptr, clip, r
     dy = n
     scale = n
     after = n
-    reset = n
     if dy_ptr is not None:
         dy = fetch(dy_ptr + own, mask, FORM)
     if not TEXTBOOK:
@@ -59,20 +59,17 @@ def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, resets_ptr, clip, r
         scale = fetch(scale_ptr + own, mask, FORM)
     if clip is not None:
         after = fetch(y_ptr + own, mask, FORM)
-    if resets_ptr is not None:
-        end = gl.minimum(running, real) if PACKED else gl.where(left > 0, real, 0)
-        reset = fetch_resets(resets_ptr, row, n_row, end, D)
-    return r, z, n, before, gh_n, dy, scale, after, reset
+    return r, z, n, before, gh_n, dy, scale, after
 
 
 @gluon.jit
-def _factors(saved, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
+def _factors(saved, is_reset, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
              HAS_DY: gl.constexpr, SCALED: gl.constexpr, RESETS: gl.constexpr,
              FORM: gl.constexpr):  # fmt: skip
     """All of a step that does not depend on dh: what makes of dh (textbook: da_r of d(r ⊙ h)) da_r,
     da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
     d(r ⊙ h) goes to the state before, and what of dh. And dy, what makes of dh the scale's
-    gradient, where no gradient passes, and who is reset; r for what is not there."""
+    gradient, and where no gradient passes; r for what is not there."""
     r = unpacked(saved[0], dtype, FORM)
     z = unpacked(saved[1], dtype, FORM)
     n = unpacked(saved[2], dtype, FORM)
@@ -80,12 +77,10 @@ def _factors(saved, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constex
     dy = r
     to_scale = r
     is_clipped = r
-    is_reset = r
     if HAS_DY:
         dy = unpacked(saved[5], dtype, FORM)
     if RESETS:
-        is_reset = (saved[8] != 0)[None, :]
-        h = gl.where(is_reset, reset_state, h)
+        h = gl.where(is_reset[None, :], reset_state, h)
     if clip is not None:
         after = unpacked(saved[7], dtype, FORM)
         is_clipped = (after >= clip) | (after <= -clip)
@@ -104,12 +99,12 @@ def _factors(saved, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constex
         a_n = share * (1 - n * n)
         a_r = a_n * unpacked(saved[4], dtype, FORM) * r * (1 - r)
         f = (a_r, (h - n) * slope, a_n * r, a_n, kept)
-    return f + (dy, to_scale, is_clipped, is_reset)
+    return f + (dy, to_scale, is_clipped)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
            do_not_specialize_on_alignment=[
-               "dh_n_ptr", "resets_ptr", "reset_state_ptr", "offsets_ptr",
+               "dh_n_ptr", "reset_state_ptr", "offsets_ptr",
            ])  # fmt: skip
 def _gru_backward_kernel(
     dy_ptr,  # [N, D, H]           or None for 0
@@ -123,7 +118,7 @@ def _gru_backward_kernel(
     dh0_ptr,  # [D, B, H]
     dreset_ptr,  # [D, B, H]           of reset_state, each sequence's share
     dscale_ptr,  # [N, D, H]
-    resets_ptr,  # [N, D]              or None: not 0 where a step is entered with the reset state
+    resets_ptr,  # [D, words, B]       or None: bits, where a step is entered with the reset state
     reset_state_ptr,  # [D, H]              or None for 0
     scale_ptr,  # [N, D, H]           or None: of the candidate's share
     clip,  # of the state, or None
@@ -177,7 +172,7 @@ def _gru_backward_kernel(
         dy_ptr += d * H
     reset_state = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
     if RESETS:
-        resets_ptr += d
+        resets_ptr += d * ((T + 31) // 32 + 1) * B
     if LEARNED:
         reset_state = gl.load(reset_state_ptr + d * H + unit, mask=mask_h, other=0.0)
         reset_state = reset_state.to(gl.float32)[:, None]
@@ -219,15 +214,28 @@ def _gru_backward_kernel(
         load_row, load_running = row, running
         after_row, after_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
         middle_row, middle_running = row, running
+        is_reset = 0
+        if RESETS:
+            words = resets_ptr + row0 + gl.minimum(n_row, real - 1)
+            is_reset = is_set(gl.load(words), 0)
         for k in gl.static_range(AHEAD):
             saved = _fetch_step(
-                dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, resets_ptr, clip, load_row, load_running,
-                after_row, after_running, steps - k, in_tile_in, n_row_in, n_row, real, own_y,
+                dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, clip, load_row, load_running,
+                after_row, after_running, steps - k, in_tile_in, n_row_in, own_y,
                 own_gates, D, TEXTBOOK, PACKED, FORM,
             )  # fmt: skip
             if k + 1 < AHEAD:
                 f = _factors(
-                    saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
+                    saved,
+                    is_reset,
+                    reset_state,
+                    clip,
+                    dtype,
+                    TEXTBOOK,
+                    HAS_DY,
+                    SCALED,
+                    RESETS,
+                    FORM,
                 )
             middle_row, middle_running = load_row, load_running
             load_row, load_running = after_row, after_running
@@ -235,111 +243,147 @@ def _gru_backward_kernel(
                 offsets_ptr, t + step * (k + 2), row0, T, B, PACKED
             )
 
-        pairs = steps - steps % 2
-        for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
-            for i in range(pairs if last else 0, steps if last else pairs, 1 if last else 2):
-                for half in gl.static_range(1 if last else 2):
-                    place = parts[SUMS * half : SUMS * half + SUMS]
-                    if PACKED:
-                        end = gl.minimum(running, real)
-                        mask = mask_h[:, None] & (n_row < end)[None, :]
-                        awaited_now = awaited_offsets(
-                            awaited_rows(end - 1, FORM), D * 3 * H_ROW, FORM
-                        )
-                    else:
-                        mask = in_tile
-                        awaited_now = awaited
-                    if not EARLY:
-                        f = _factors(
-                            saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
-                        )
-                    # gates, publish
-                    dh_later = dh
-                    if HAS_DY:
-                        dh += f[5]
-                    if clip is not None:
-                        dh = gl.where(f[7], 0.0, dh)
-                    da_z = dh * f[1]
-                    dgh_n = dh * f[2]
-                    row_dgh = dgh_ptr + row * (D * 3 * H_ROW)
-                    dgh = row_dgh + own_dgh
-                    if SOLO:
-                        states[3 * half + 1].store(da_z.to(dtype))
-                        states[3 * half + 2].store(dgh_n.to(dtype))
-                    if not TEXTBOOK:
-                        da_r = dh * f[0]
-                        if SOLO:
-                            states[3 * half].store(da_r.to(dtype))
-                        publish(dgh, da_r, mask, FORM)
-                    publish(dgh + H_ROW, da_z, mask, FORM)
-                    publish(dgh + 2 * H_ROW, dgh_n, mask, FORM)
-                    if SCALED:
-                        dscale = dscale_ptr + row * (D * H) + own_dscale
-                        gl.store(dscale, (dh * f[6]).to(dtype), mask=mask)
-                    is_reset = f[8]
-                    if TEXTBOOK:
-                        # wait, product, total: d(r ⊙ h), and the reset gate's share
-                        if SOLO:
-                            awaited_n = (states[3 * half + 2],)
+        # With resets 32 steps at a time. Of these all pairs, then the last one if they are odd.
+        for block in (range if RESETS else gl.static_range)(0, steps if RESETS else 1, 32):
+            until = steps
+            if RESETS:
+                until = gl.minimum(block + 32, steps)
+                barrier()  # as before a tile
+                bits = resets_ahead(words, B)
+                words += B
+            pairs = until - until % 2
+            for last in gl.static_range(2):
+                for i in range(
+                    pairs if last else block, until if last else pairs, 1 if last else 2
+                ):
+                    for half in gl.static_range(1 if last else 2):
+                        place = parts[SUMS * half : SUMS * half + SUMS]
+                        if PACKED:
+                            end = gl.minimum(running, real)
+                            mask = mask_h[:, None] & (n_row < end)[None, :]
+                            awaited_now = awaited_offsets(
+                                awaited_rows(end - 1, FORM), D * 3 * H_ROW, FORM
+                            )
                         else:
-                            source = row_dgh + 2 * H_ROW + awaited_now
-                            awaited_n = await_tiles(source, wait_limit, error_ptr, CHUNKS, 1, FORM)
-                        sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
-                        d_reset = total(sums[0], place[1], mask_h, FORM)
-                        da_r = d_reset * f[0]
+                            mask = in_tile
+                            awaited_now = awaited
+                        if not EARLY:
+                            f = _factors(
+                                saved,
+                                is_reset,
+                                reset_state,
+                                clip,
+                                dtype,
+                                TEXTBOOK,
+                                HAS_DY,
+                                SCALED,
+                                RESETS,
+                                FORM,
+                            )
+                        # gates, publish
+                        dh_later = dh
+                        if HAS_DY:
+                            dh += f[5]
+                        if clip is not None:
+                            dh = gl.where(f[7], 0.0, dh)
+                        da_z = dh * f[1]
+                        dgh_n = dh * f[2]
+                        row_dgh = dgh_ptr + row * (D * 3 * H_ROW)
+                        dgh = row_dgh + own_dgh
                         if SOLO:
-                            states[3 * half].store(da_r.to(dtype))
-                        publish(dgh, da_r, mask, FORM)
-                        dh = dh * f[4] + d_reset * f[3]
-                    else:
-                        dgx = dgx_ptr + row * (D * 3 * H) + own_dgx
-                        gl.store(dgx, da_r.to(dtype), mask=mask)
-                        gl.store(dgx + H, da_z.to(dtype), mask=mask)
-                        gl.store(dgx + 2 * H, (dh * f[3]).to(dtype), mask=mask)
-                        dh = dh * f[4]
-                    # The loads of a later step come before the wait: its first look, so early that
-                    # it is in vain, would take from what L2 has for the looks of others.
-                    if EARLY:
-                        f = _factors(
-                            saved, reset_state, clip, dtype, TEXTBOOK, HAS_DY, SCALED, RESETS, FORM
-                        )
-                    saved = _fetch_step(
-                        dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, resets_ptr, clip, load_row,
-                        load_running, after_row, after_running, steps - (i + half + AHEAD),
-                        in_tile_in, n_row_in, n_row, real, own_y, own_gates, D, TEXTBOOK, PACKED,
-                        FORM,
-                    )  # fmt: skip
-                    # wait
-                    if SOLO:
-                        tiles = states[3 * half : 3 * half + WAITED]
-                    else:
-                        source = row_dgh + awaited_now
-                        tiles = await_tiles(source, wait_limit, error_ptr, WAITED * CHUNKS, 1, FORM)
-                    # product
-                    u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
-                    sums = product((u,), tiles, stages, place[0:1], FORM)
-                    # total
-                    dh += total(sums[0], place[0], mask_h, FORM)
-                    if RESETS:
-                        if LEARNED:
-                            dreset += gl.where(is_reset, dh, 0.0)
-                        dh = gl.where(is_reset, 0.0, dh)
-                    # on
-                    if PACKED:
-                        dh = gl.where(mask, dh, dh_later)
-                        t += step
-                        row, running = middle_row, middle_running
-                        if AHEAD == 1:
-                            row, running = load_row, load_running
-                        middle_row, middle_running = load_row, load_running
-                        load_row, load_running = after_row, after_running
-                        after_row, after_running = rows_of_step(
-                            offsets_ptr, t + step * (AHEAD + 1), row0, T, B, PACKED
-                        )
-                    else:
-                        row += step * B
-                        load_row += step * B
-                        after_row = load_row + step * B
+                            states[3 * half + 1].store(da_z.to(dtype))
+                            states[3 * half + 2].store(dgh_n.to(dtype))
+                        if not TEXTBOOK:
+                            da_r = dh * f[0]
+                            if SOLO:
+                                states[3 * half].store(da_r.to(dtype))
+                            publish(dgh, da_r, mask, FORM)
+                        publish(dgh + H_ROW, da_z, mask, FORM)
+                        publish(dgh + 2 * H_ROW, dgh_n, mask, FORM)
+                        if SCALED:
+                            dscale = dscale_ptr + row * (D * H) + own_dscale
+                            gl.store(dscale, (dh * f[6]).to(dtype), mask=mask)
+                        if TEXTBOOK:
+                            # wait, product, total: d(r ⊙ h), and the reset gate's share
+                            if SOLO:
+                                awaited_n = (states[3 * half + 2],)
+                            else:
+                                source = row_dgh + 2 * H_ROW + awaited_now
+                                awaited_n = await_tiles(
+                                    source, wait_limit, error_ptr, CHUNKS, 1, FORM
+                                )
+                            sums = product((u_n,), awaited_n, stages, place[1:2], FORM)
+                            d_reset = total(sums[0], place[1], mask_h, FORM)
+                            da_r = d_reset * f[0]
+                            if SOLO:
+                                states[3 * half].store(da_r.to(dtype))
+                            publish(dgh, da_r, mask, FORM)
+                            dh = dh * f[4] + d_reset * f[3]
+                        else:
+                            dgx = dgx_ptr + row * (D * 3 * H) + own_dgx
+                            gl.store(dgx, da_r.to(dtype), mask=mask)
+                            gl.store(dgx + H, da_z.to(dtype), mask=mask)
+                            gl.store(dgx + 2 * H, (dh * f[3]).to(dtype), mask=mask)
+                            dh = dh * f[4]
+                        was_reset = is_reset
+                        if RESETS:
+                            is_reset = is_set(bits, half)
+                        # The loads of a later step come before the wait: its first look, so early that
+                        # it is in vain, would take from what L2 has for the looks of others.
+                        if EARLY:
+                            f = _factors(
+                                saved,
+                                is_reset,
+                                reset_state,
+                                clip,
+                                dtype,
+                                TEXTBOOK,
+                                HAS_DY,
+                                SCALED,
+                                RESETS,
+                                FORM,
+                            )
+                        saved = _fetch_step(
+                            dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, clip, load_row,
+                            load_running, after_row, after_running, steps - (i + half + AHEAD),
+                            in_tile_in, n_row_in, own_y, own_gates, D, TEXTBOOK, PACKED,
+                            FORM,
+                        )  # fmt: skip
+                        # wait
+                        if SOLO:
+                            tiles = states[3 * half : 3 * half + WAITED]
+                        else:
+                            source = row_dgh + awaited_now
+                            tiles = await_tiles(
+                                source, wait_limit, error_ptr, WAITED * CHUNKS, 1, FORM
+                            )
+                        # product
+                        u = u_r + u_z if TEXTBOOK else u_r + u_z + u_n
+                        sums = product((u,), tiles, stages, place[0:1], FORM)
+                        # total
+                        dh += total(sums[0], place[0], mask_h, FORM)
+                        if RESETS:
+                            if LEARNED:
+                                dreset += gl.where(was_reset[None, :], dh, 0.0)
+                            dh = gl.where(was_reset[None, :], 0.0, dh)
+                        # on
+                        if PACKED:
+                            dh = gl.where(mask, dh, dh_later)
+                            t += step
+                            row, running = middle_row, middle_running
+                            if AHEAD == 1:
+                                row, running = load_row, load_running
+                            middle_row, middle_running = load_row, load_running
+                            load_row, load_running = after_row, after_running
+                            after_row, after_running = rows_of_step(
+                                offsets_ptr, t + step * (AHEAD + 1), row0, T, B, PACKED
+                            )
+                        else:
+                            row += step * B
+                            load_row += step * B
+                            after_row = load_row + step * B
+                    if RESETS and not last:
+                        bits = bits >> 2
         gl.store(dh0_ptr + h_rows + own_h, dh.to(dh0_ptr.dtype.element_ty), mask=in_tile)
         if LEARNED:
             gl.store(dreset_ptr + h_rows + own_h, dreset.to(dtype), mask=in_tile)
@@ -378,13 +422,13 @@ def gru_backward(
     dscale = y.new_empty(0 if update_scale is None else y.shape)
     u = pad_hidden(w_hh, plan.H_pad, transposed=True)
     h0_rows = aligned(h0.to(y.dtype).transpose(0, 1))  # as y's
+    walk = {"HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     arguments = (
         aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(gates), dgh, dgx, dh0, dreset_state,
-        dscale, as_bytes(resets), reset_state, aligned(update_scale), rounded(clip, y.dtype),
+        dscale, packed_resets(resets, offsets, B, plan, True, **walk), reset_state, aligned(update_scale),
+        rounded(clip, y.dtype),
     )  # fmt: skip
-    switches = {
-        "TEXTBOOK": textbook, "HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
-    }  # fmt: skip
+    switches = {"TEXTBOOK": textbook, **walk}
     launch(_gru_backward_kernel, arguments, y, offsets, shape, B, plan, **switches)
     dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding
     dgx, dgh = (dgh, dgx) if textbook else (dgx, dgh)

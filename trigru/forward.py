@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .exchange import await_tiles, publish, unwritten
-from .launch import as_bytes, launch, rounded
+from .launch import launch, packed_resets, rounded
 from .plan import LaunchPlan, aligned, pad_hidden
 from .products import load_us, product, total
 from .tiles import (
@@ -16,9 +16,10 @@ from .tiles import (
     barrier,
     fetch,
     fetch3,
-    fetch_resets,
+    is_set,
     own_offsets,
     own_units,
+    resets_ahead,
     rows_of_step,
     shared_memory,
     sigmoid,
@@ -61,7 +62,7 @@ def _gru_forward_kernel(
     rh_ptr,  # [N, D, H_ROW]    exchanged: r ⊙ h, textbook only
     gates_ptr,  # [N, D, G, H]     written if SAVE: r, z, n and (torch) gh_n
     h_n_ptr,  # [D, B, H]
-    resets_ptr,  # [N, D]           or None: not 0 where a step is entered with the reset state
+    resets_ptr,  # [D, words, B]    or None: bits, where a step is entered with the reset state
     reset_state_ptr,  # [D, H]           or None for 0
     scale_ptr,  # [N, D, H]        or None: of the candidate's share
     clip,  # of the state, or None
@@ -135,7 +136,7 @@ def _gru_forward_kernel(
         scale_ptr += d * H
         own_scale = own_offsets(unit_in, D * H, L_IN, FORM)
     if RESETS:
-        resets_ptr += d
+        resets_ptr += d * ((T + 31) // 32 + 1) * B
 
     first_row = gl.program_id(1).to(gl.int64) * rows
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
@@ -162,15 +163,13 @@ def _gru_forward_kernel(
         running_before = 0 * running
         if PACKED:
             mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
-        if RESETS:  # before this step, as it is; before the next one, under way
-            end = gl.minimum(running, real)
-            reset = fetch_resets(resets_ptr, row, n_row, end, D)
-            h = gl.where((reset != 0)[None, :], reset_state, h)
-            is_reset = fetch_resets(resets_ptr, row, awaited_rows(end - 1, FORM), end, D) != 0
-            row_after, running_after = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
-            end = gl.minimum(running_after, real)
-            reset = fetch_resets(resets_ptr, row_after, n_row, end, D)
-            reset_in = fetch_resets(resets_ptr, row_after, awaited_rows(end - 1, FORM), end, D)
+        if RESETS:
+            words_own = resets_ptr + row0 + gl.minimum(n_row, real - 1)
+            words_in = resets_ptr + row0 + awaited_rows(real - 1, FORM)
+            h = gl.where(is_set(gl.load(words_own), 0)[None, :], reset_state, h)
+            is_reset = is_set(gl.load(words_in), 0)
+            offset_reset = row_reset * (D * H_ROW)
+            offset_before = gl.where(is_reset, offset_reset, before * (D * H_ROW))
         if SOLO:
             states[0].store(h.to(dtype))
         mask_in = mask_h_in[:, None] & (n_row_in < real)[None, :]
@@ -190,143 +189,146 @@ def _gru_forward_kernel(
                 offsets_ptr, t + step * (k + 1), row0, T, B, PACKED
             )
 
-        pairs = steps - steps % 2
-        for last in gl.static_range(2):  # all pairs of steps, then the last one if they are odd
-            for i in range(pairs if last else 0, steps if last else pairs, 1 if last else 2):
-                for half in gl.static_range(1 if last else 2):
-                    # wait
-                    if SOLO:
-                        state = (states[half],)
-                    else:
-                        source = y_ptr + before * (D * H_ROW) + awaited
-                        if PACKED:  # of sequences that begin with this step h0 is the state before
-                            at = awaited_rows(gl.minimum(running, real) - 1, FORM)
-                            rows_before = gl.where(at < running_before, before, N + row0) + at
-                            if RESETS:
-                                rows_before = gl.where(is_reset, row_reset + at, rows_before)
-                            source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
-                        elif RESETS:
-                            first = gl.where(is_reset, row_reset, before) * (D * H_ROW)
-                            source = y_ptr + first[None, None, :] + awaited
-                        state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
-                    a_r = unpacked(gx[0], dtype, FORM) + b_r
-                    a_z = unpacked(gx[1], dtype, FORM) + b_z
-                    a_n = unpacked(gx[2], dtype, FORM)
-                    # The input of a later step under way.
-                    if PACKED:
-                        load_end = gl.minimum(load_running, real)
-                        load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
-                    else:
-                        load_mask = mask_in & (i + half + AHEAD < steps)
-                    share = None
-                    if SCALED:
-                        share = unpacked(gx[3], dtype, FORM)
-                    if SOLO:
-                        gx = loaded
-                        loaded = _fetch_input(
-                            gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
-                            FORM,
-                        )  # fmt: skip
-                    # product
-                    us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
-                    place = parts[3 * half : 3 * half + 3]
-                    sums = product(us, state, stages, place, FORM)
-                    # gates
-                    h_before = h
-                    if R_FIRST:
-                        r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
-                    else:
-                        gh_r = total(sums[0], place[0], mask_h, FORM)
-                        gh_z = total(sums[1], place[1], mask_h, FORM)
-                        r, z = sigmoids(a_r + gh_r, a_z + gh_z, FORM)
-                    if TEXTBOOK:
-                        reset = r * h
+        # With resets 32 steps at a time. Of these all pairs, then the last one if they are odd.
+        for block in (range if RESETS else gl.static_range)(0, steps if RESETS else 1, 32):
+            until = steps
+            if RESETS:
+                until = gl.minimum(block + 32, steps)
+                barrier()  # as before a tile
+                bits = resets_ahead(words_own, B)
+                bits_in = resets_ahead(words_in, B)
+                words_own += B
+                words_in += B
+            pairs = until - until % 2
+            for last in gl.static_range(2):
+                for i in range(
+                    pairs if last else block, until if last else pairs, 1 if last else 2
+                ):
+                    for half in gl.static_range(1 if last else 2):
+                        # wait
                         if SOLO:
-                            states[2 + half].store(reset.to(dtype))
-                            reset_tiles = (states[2 + half],)
+                            state = (states[half],)
                         else:
-                            rh = rh_ptr + row * (D * H_ROW)
-                            publish(rh + own_y, reset, mask, FORM)
-                        if R_FIRST:
-                            z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
-                        if not SOLO:
-                            source = rh + awaited
-                            if PACKED:
-                                source = rh + awaited_offsets(at, D * H_ROW, FORM)
-                            reset_tiles = await_tiles(
-                                source, wait_limit, error_ptr, CHUNKS, 1, FORM
-                            )
-                        sums_n = product((u_n,), reset_tiles, stages, place[2:3], FORM)
-                        n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM), FORM)
-                    else:
-                        gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
-                        n = tanh(a_n + r * gh_n, FORM)
-                    if SCALED:
-                        share *= z if TEXTBOOK else 1 - z
-                        h = (1 - share) * h + share * n
-                    elif TEXTBOOK:
-                        h = (1 - z) * h + z * n
-                    else:
-                        h = n + z * (h - n)
-                    if clip is not None:  # a NaN stays
-                        h = gl.where(gl.abs(h) > clip, gl.where(h > 0, clip, -clip), h)
-                    if PACKED:
-                        h = gl.where(mask, h, h_before)
-                    entering = h  # the next step
-                    if RESETS:
-                        entering = gl.where((reset != 0)[None, :], reset_state, h)
-                    # publish
-                    y = y_ptr + row * (D * H_ROW) + own_y
-                    if SOLO:
-                        states[1 - half].store(entering.to(dtype))
-                    publish(y, h, mask, FORM)
-                    h = entering
-                    # What is loaded comes not before all of this step's is converted, in front of
-                    # which the compiler would put it: scoreboards are shared, so that it would be
-                    # waited for. The resets of two steps on: an address waits for those.
-                    if RESETS:
-                        is_reset = reset_in != 0
+                            source = y_ptr + before * (D * H_ROW) + awaited
+                            if (
+                                PACKED
+                            ):  # of sequences that begin with this step h0 is the state before
+                                at = awaited_rows(gl.minimum(running, real) - 1, FORM)
+                                rows_before = gl.where(at < running_before, before, N + row0) + at
+                                if RESETS:
+                                    rows_before = gl.where(is_reset, row_reset + at, rows_before)
+                                source = y_ptr + awaited_offsets(rows_before, D * H_ROW, FORM)
+                            elif RESETS:
+                                source = y_ptr + offset_before[None, None, :] + awaited
+                            state = await_tiles(source, wait_limit, error_ptr, CHUNKS, GATES, FORM)
+                        a_r = unpacked(gx[0], dtype, FORM) + b_r
+                        a_z = unpacked(gx[1], dtype, FORM) + b_z
+                        a_n = unpacked(gx[2], dtype, FORM)
+                        # The input of a later step under way.
                         if PACKED:
-                            row_after, running_after = rows_of_step(
-                                offsets_ptr, t + 2 * step, row0, T, B, PACKED
-                            )
-                            end = gl.minimum(running_after, real)
+                            load_end = gl.minimum(load_running, real)
+                            load_mask = mask_h_in[:, None] & (n_row_in < load_end)[None, :]
                         else:
-                            row_after = row + 2 * step * B
-                            end = gl.where(i + half + 2 < steps, real, 0)
-                        reset = fetch_resets(resets_ptr, row_after, n_row, end, D)
-                        reset_in = fetch_resets(
-                            resets_ptr, row_after, awaited_rows(end - 1, FORM), end, D
-                        )
-                    if not SOLO:
-                        gx = _fetch_input(
-                            gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
-                            FORM,
-                        )  # fmt: skip
-                    if SAVE:
-                        gates = gates_ptr + row * (D * G * H) + own_gates
-                        gl.store(gates, r.to(dtype), mask=mask)
-                        gl.store(gates + H, z.to(dtype), mask=mask)
-                        gl.store(gates + 2 * H, n.to(dtype), mask=mask)
-                        if not TEXTBOOK:
-                            gl.store(gates + 3 * H, gh_n.to(dtype), mask=mask)
-                    # on
-                    before = row
-                    if PACKED:
-                        t += step
-                        running_before = running
-                        row, running = middle_row, middle_running
-                        if AHEAD == 1:
-                            row, running = load_row, load_running
-                        middle_row, middle_running = load_row, load_running
-                        load_row, load_running = rows_of_step(
-                            offsets_ptr, t + step * AHEAD, row0, T, B, PACKED
-                        )
-                        mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
-                    else:
-                        row += step * B
-                        # The same row twice: each is the way that takes fewer registers there.
-                        load_row = row + step * B if FORM.STAGES > 0 else load_row + step * B
+                            load_mask = mask_in & (i + half + AHEAD < steps)
+                        share = None
+                        if SCALED:
+                            share = unpacked(gx[3], dtype, FORM)
+                        if SOLO:
+                            gx = loaded
+                            loaded = _fetch_input(
+                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
+                                FORM,
+                            )  # fmt: skip
+                        # product
+                        us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
+                        place = parts[3 * half : 3 * half + 3]
+                        sums = product(us, state, stages, place, FORM)
+                        # gates
+                        h_before = h
+                        if R_FIRST:
+                            r = sigmoid(a_r + total(sums[0], place[0], mask_h, FORM))
+                        else:
+                            gh_r = total(sums[0], place[0], mask_h, FORM)
+                            gh_z = total(sums[1], place[1], mask_h, FORM)
+                            r, z = sigmoids(a_r + gh_r, a_z + gh_z, FORM)
+                        if TEXTBOOK:
+                            reset = r * h
+                            if SOLO:
+                                states[2 + half].store(reset.to(dtype))
+                                reset_tiles = (states[2 + half],)
+                            else:
+                                rh = rh_ptr + row * (D * H_ROW)
+                                publish(rh + own_y, reset, mask, FORM)
+                            if R_FIRST:
+                                z = sigmoid(a_z + total(sums[1], place[1], mask_h, FORM))
+                            if not SOLO:
+                                source = rh + awaited
+                                if PACKED:
+                                    source = rh + awaited_offsets(at, D * H_ROW, FORM)
+                                reset_tiles = await_tiles(
+                                    source, wait_limit, error_ptr, CHUNKS, 1, FORM
+                                )
+                            sums_n = product((u_n,), reset_tiles, stages, place[2:3], FORM)
+                            n = tanh(a_n + b_n + total(sums_n[0], place[2], mask_h, FORM), FORM)
+                        else:
+                            gh_n = b_n + total(sums[2], place[2], mask_h, FORM)
+                            n = tanh(a_n + r * gh_n, FORM)
+                        if SCALED:
+                            share *= z if TEXTBOOK else 1 - z
+                            h = (1 - share) * h + share * n
+                        elif TEXTBOOK:
+                            h = (1 - z) * h + z * n
+                        else:
+                            h = n + z * (h - n)
+                        if clip is not None:  # a NaN stays
+                            h = gl.where(gl.abs(h) > clip, gl.where(h > 0, clip, -clip), h)
+                        if PACKED:
+                            h = gl.where(mask, h, h_before)
+                        entering = h  # the next step
+                        if RESETS:
+                            is_reset = is_set(bits_in, half)
+                            offset_before = gl.where(is_reset, offset_reset, row * (D * H_ROW))
+                            entering = gl.where(is_set(bits, half)[None, :], reset_state, h)
+                        # publish
+                        y = y_ptr + row * (D * H_ROW) + own_y
+                        if SOLO:
+                            states[1 - half].store(entering.to(dtype))
+                        publish(y, h, mask, FORM)
+                        h = entering
+                        if not SOLO:
+                            # Not before all of this step's is converted, in front of which the compiler
+                            # would put it: scoreboards are shared, so that it would be waited for.
+                            gx = _fetch_input(
+                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
+                                FORM,
+                            )  # fmt: skip
+                        if SAVE:
+                            gates = gates_ptr + row * (D * G * H) + own_gates
+                            gl.store(gates, r.to(dtype), mask=mask)
+                            gl.store(gates + H, z.to(dtype), mask=mask)
+                            gl.store(gates + 2 * H, n.to(dtype), mask=mask)
+                            if not TEXTBOOK:
+                                gl.store(gates + 3 * H, gh_n.to(dtype), mask=mask)
+                        # on
+                        before = row
+                        if PACKED:
+                            t += step
+                            running_before = running
+                            row, running = middle_row, middle_running
+                            if AHEAD == 1:
+                                row, running = load_row, load_running
+                            middle_row, middle_running = load_row, load_running
+                            load_row, load_running = rows_of_step(
+                                offsets_ptr, t + step * AHEAD, row0, T, B, PACKED
+                            )
+                            mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
+                        else:
+                            row += step * B
+                            # The same row twice: each is the way that takes fewer registers there.
+                            load_row = row + step * B if FORM.STAGES > 0 else load_row + step * B
+                    if RESETS and not last:
+                        bits = bits >> 2
+                        bits_in = bits_in >> 2
         mask = mask_h[:, None] & (n_row < real)[None, :]
         gl.store(h_n_ptr + h_rows + own_h, h.to(h_n_ptr.dtype.element_ty), mask=mask)
 
@@ -365,13 +367,12 @@ def gru_forward(
         rh = unwritten(N, *rows, H=H, like=gx) if textbook else y  # else it is not touched
     gates = gx.new_empty((*shape, D, G, H) if save else 0)
     h_n = h0.new_empty(D, B, H)
+    walk = {"HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     arguments = (
         aligned(gx), pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n,
-        as_bytes(resets), reset_state, aligned(update_scale), rounded(clip, gx.dtype),
+        packed_resets(resets, offsets, B, plan, False, **walk), reset_state, aligned(update_scale),
+        rounded(clip, gx.dtype),
     )  # fmt: skip
-    switches = {
-        "TEXTBOOK": textbook, "HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional,
-        "SAVE": save,
-    }  # fmt: skip
+    switches = {"TEXTBOOK": textbook, "SAVE": save, **walk}
     launch(_gru_forward_kernel, arguments, gx, offsets, shape, B, plan, **switches)
     return y[:N, :, :H].reshape(*shape, D, H).contiguous(), h_n, gates

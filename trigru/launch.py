@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,11 @@ def is_exact(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 and not uses_tf32(device)
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Where launches of this device's tensors must be made."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @functools.cache
 def compile_options() -> dict[str, Any]:
     """Triton's options for every kernel: one stage, and FMAs, which Triton 3.10 leaves out unless
@@ -75,9 +80,30 @@ def compile_options() -> dict[str, Any]:
     return {name: value for name, value in options.items() if hasattr(CUDAOptions, name)}
 
 
-def as_bytes(resets: Tensor | None) -> Tensor | None:
-    """Bools as the kernels load them."""
-    return None if resets is None else resets.view(torch.uint8)
+def packed_resets(
+    resets: Tensor | None,
+    offsets: Tensor | None,
+    B: int,
+    plan: LaunchPlan,
+    against: bool,
+    **walk: int,
+) -> Tensor | None:
+    """resets (T, B, D) or (N, D), bool, as a kernel with this plan reads them: see `tiles`.
+
+    against: whether it walks against the direction of the forward pass, which `walk` tells."""
+    if resets is None:
+        return None
+    from . import tiles  # Triton is not on every machine
+
+    T = resets.shape[0] if offsets is None else len(offsets) - 1
+    D, words = resets.shape[-1], -(-T // 32) + 1
+    packed = resets.new_empty((D, words, B), dtype=torch.int32)
+    with on_device(resets.device):
+        tiles._pack_resets_kernel[(words, -(-B // plan.rows), D)](
+            resets.view(torch.uint8), packed, offsets, T, B, plan.rows, D=D, **walk,
+            AGAINST=against, BLOCK=plan.BLOCK_B, num_warps=1,
+        )  # fmt: skip
+    return packed
 
 
 def rounded(clip: float | None, dtype: torch.dtype) -> float | None:
@@ -120,7 +146,7 @@ def launch(
     groups, tiles_at_once, _ = plan.grid(B)
     exact = is_exact(dtype, device)
     constants = compile_time(plan, exact, **switches)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         for first_direction in range(0, plan.D, plan.directions):
             directions = min(plan.directions, plan.D - first_direction)
             kernel[(groups, tiles_at_once, directions)](

@@ -100,13 +100,6 @@ def unpacked(x, dtype: gl.constexpr, FORM: gl.constexpr):
     return x
 
 
-@gluon.jit
-def fetch_resets(resets_ptr, row, rows, end, D: gl.constexpr):
-    """Which sequences of a tile are reset before a step, [BLOCK_B], not 0 if so; rows: which of the
-    tile's; end: how many of them have the step, if any. resets_ptr: [N, D], of one recurrence."""
-    return gl.load(resets_ptr + (row * D + rows * D), mask=(rows >= 0) & (rows < end), other=0)
-
-
 # -------------------------------------------------------------------------------------------- steps
 
 
@@ -151,6 +144,66 @@ def walks_forwards(d, HEADS: gl.constexpr, REVERSE: gl.constexpr, BIDIRECTIONAL:
         return d < 0
     else:
         return d >= 0
+
+
+# ------------------------------------------------------------------------------------------- resets
+#
+# A kernel has the resets as bits, in the order of its walk: bit k of a sequence's word w, of
+# [D, words, B], is the reset before the walk's step 32 w + k; one word more than there are steps
+# for. So a step loads nothing for them, and no address waits for what is loaded.
+
+
+@gluon.jit
+def _pack_resets_kernel(
+    resets_ptr,  # [N, D]
+    words_ptr,  # [D, words, B]
+    offsets_ptr,  # [T + 1] or None
+    T,
+    B,
+    rows,  # of a batch tile
+    D: gl.constexpr,
+    HEADS: gl.constexpr,
+    REVERSE: gl.constexpr,
+    BIDIRECTIONAL: gl.constexpr,
+    AGAINST: gl.constexpr,  # the direction of the forward pass
+    BLOCK: gl.constexpr,
+):
+    """One word of a batch tile's sequences."""
+    PACKED: gl.constexpr = offsets_ptr is not None
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    d = gl.program_id(2)
+    row0 = gl.program_id(1).to(gl.int64) * rows
+    n = gl.arange(0, BLOCK, L)
+    steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
+    forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL) != AGAINST
+    word = gl.zeros([BLOCK], gl.int32, L)
+    for bit in range(32):
+        step = 32 * gl.program_id(0) + bit
+        t = gl.where(forwards, step, steps - 1 - step)
+        row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
+        mask = (n < gl.minimum(rows, running)) & (step < steps)
+        is_reset = gl.load(resets_ptr + (row + n) * D + d, mask=mask, other=0) != 0
+        word |= is_reset.to(gl.int32) << bit
+    words_ptr += (d.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * B + row0
+    gl.store(words_ptr + n, word, mask=n < gl.minimum(rows, B - row0))
+
+
+@gluon.jit
+def resets_ahead(words_ptr, B):
+    """Of 32 steps' words, those of the steps after each: what enters the next step is known in this
+    one. Made of two loads here, it waits for them here, and not in the time loop, where the same
+    scoreboards are those of other loads."""
+    word = gl.load(words_ptr)
+    after = gl.load(words_ptr + B)
+    return gl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, 1;", "=r,r,r", [word, after], dtype=gl.int32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def is_set(words, bit):
+    return ((words >> bit) & 1) != 0
 
 
 # --------------------------------------------------------------------------------------- arithmetic

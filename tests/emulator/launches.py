@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from trigru import backward, forward, launch
+from trigru import backward, forward, launch, tiles
 
 from .ptx import compile_as_jit
 from .run import MAX_INSTRUCTIONS, Buffer, Result, run
@@ -18,7 +18,10 @@ BASE, GUARD = 0x7F00_0000_0000, 1 << 20  # device addresses: made up, with gaps 
 INTEGER = {2: torch.int16, 4: torch.int32}
 # After how many polls a wait gives up. Programs may be very late here; some never come.
 POLLS, POLLS_IN_VAIN = 100_000, 200
-KERNELS = ((forward, "_gru_forward_kernel"), (backward, "_gru_backward_kernel"))
+KERNELS = (
+    (forward, "_gru_forward_kernel"), (backward, "_gru_backward_kernel"),
+    (tiles, "_pack_resets_kernel"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Roles:
 ROLES = {
     "_gru_forward_kernel": Roles({"gates_ptr", "h_n_ptr"}, {"y_ptr", "rh_ptr"}),
     "_gru_backward_kernel": Roles({"dgx_ptr", "dh0_ptr", "dreset_ptr", "dscale_ptr"}, {"dgh_ptr"}),
+    "_pack_resets_kernel": Roles({"words_ptr"}),
     "_exchange_kernel": Roles(exchanged={"y_ptr"}),
 }
 # The rest of what is known of arguments: those that a large batch does not make larger, and those
@@ -193,6 +197,8 @@ def _state_shape(passed: dict[str, Any]) -> tuple[int, int, int | None]:
     for name in ("h_n_ptr", "dh0_ptr"):
         if name in passed:
             return tuple(passed[name].shape)
+    if "words_ptr" in passed:
+        return len(passed["words_ptr"]), 0, None
     return 1, 0, None
 
 

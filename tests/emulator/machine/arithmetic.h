@@ -258,8 +258,14 @@ static void conversions() {
   both("cvt.s32.s16", OP1(u32, u32, s32(int16_t(a))));
   both("cvt.u16.u64", OP1(u32, u64, H(a)));
   both("cvt.u64.u16", OP1(u64, u32, H(a)));
-  both("cvt.u64.u32 cvt.s64.u32", OP1(u64, u32, a));
-  both("cvt.s64.s32 cvt.u64.s32", OP1(u64, s32, s64(a)));
+  both("cvt.u64.u32 cvt.s64.u32", [](Warp &w, const Ins &I, u32 m) {
+    I.o[1].wide ? map1<u64, u64>(w, I, m, [](u64 a) { return u32(a); })
+                : map1<u64, u32>(w, I, m, [](u32 a) { return a; });
+  });
+  both("cvt.s64.s32 cvt.u64.s32", [](Warp &w, const Ins &I, u32 m) {
+    I.o[1].wide ? map1<u64, u64>(w, I, m, [](u64 a) { return s64(s32(a)); })
+                : map1<u64, s32>(w, I, m, [](s32 a) { return s64(a); });
+  });
   both("cvt.u32.u64 cvt.s32.s64", OP1(u32, u64, u32(a)));
 }
 
