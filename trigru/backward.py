@@ -216,8 +216,8 @@ def _gru_backward_kernel(
         middle_row, middle_running = row, running
         is_reset = 0
         if RESETS:
-            words = resets_ptr + row0 + gl.minimum(n_row, real - 1)
-            is_reset = is_set(gl.load(words), 0)
+            at = gl.minimum(n_row, real - 1)
+            is_reset = is_set(gl.load(resets_ptr + row0 + at), 0)
         for k in gl.static_range(AHEAD):
             saved = _fetch_step(
                 dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, clip, load_row, load_running,
@@ -249,8 +249,7 @@ def _gru_backward_kernel(
             if RESETS:
                 until = gl.minimum(block + 32, steps)
                 barrier()  # as before a tile
-                bits = resets_ahead(words, B)
-                words += B
+                bits = resets_ahead(resets_ptr + row0, block, at, B)
             pairs = until - until % 2
             for last in gl.static_range(2):
                 for i in range(

@@ -164,10 +164,11 @@ def _gru_forward_kernel(
         if PACKED:
             mask = mask_h[:, None] & (n_row < gl.minimum(running, real))[None, :]
         if RESETS:
-            words_own = resets_ptr + row0 + gl.minimum(n_row, real - 1)
-            words_in = resets_ptr + row0 + awaited_rows(real - 1, FORM)
-            h = gl.where(is_set(gl.load(words_own), 0)[None, :], reset_state, h)
-            is_reset = is_set(gl.load(words_in), 0)
+            words_ptr = resets_ptr + row0
+            at_own = gl.minimum(n_row, real - 1)
+            at_in = awaited_rows(real - 1, FORM)
+            h = gl.where(is_set(gl.load(words_ptr + at_own), 0)[None, :], reset_state, h)
+            is_reset = is_set(gl.load(words_ptr + at_in), 0)
             offset_reset = row_reset * (D * H_ROW)
             offset_before = gl.where(is_reset, offset_reset, before * (D * H_ROW))
         if SOLO:
@@ -195,10 +196,8 @@ def _gru_forward_kernel(
             if RESETS:
                 until = gl.minimum(block + 32, steps)
                 barrier()  # as before a tile
-                bits = resets_ahead(words_own, B)
-                bits_in = resets_ahead(words_in, B)
-                words_own += B
-                words_in += B
+                bits = resets_ahead(words_ptr, block, at_own, B)
+                bits_in = resets_ahead(words_ptr, block, at_in, B)
             pairs = until - until % 2
             for last in gl.static_range(2):
                 for i in range(

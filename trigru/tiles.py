@@ -189,12 +189,13 @@ def _pack_resets_kernel(
 
 
 @gluon.jit
-def resets_ahead(words_ptr, B):
-    """Of 32 steps' words, those of the steps after each: what enters the next step is known in this
-    one. Made of two loads here, it waits for them here, and not in the time loop, where the same
-    scoreboards are those of other loads."""
-    word = gl.load(words_ptr)
-    after = gl.load(words_ptr + B)
+def resets_ahead(words_ptr, block, rows, B):
+    """A tile's bits of the 32 steps after `block`: what enters the next step is known in this one.
+    Made of two loads here, they are waited for here, and not in the time loop, where the same
+    scoreboards are those of other loads. rows: of the tile, [BLOCK_B]."""
+    words_ptr += (block // 32).to(gl.int64) * B
+    word = gl.load(words_ptr + rows)
+    after = gl.load(words_ptr + B + rows)
     return gl.inline_asm_elementwise(
         "shf.r.wrap.b32 $0, $1, $2, 1;", "=r,r,r", [word, after], dtype=gl.int32, is_pure=True,
         pack=1,
