@@ -69,9 +69,9 @@ def compile_plan(
     }  # fmt: skip
     if not backward:
         switches["SAVE"] = True
-    absent = {"reset_state_ptr", "scale_ptr", "clip"}
+    absent = {"reset_state_ptr", "dreset_ptr", "scale_ptr", "clip"}
     absent |= set() if packed else {"offsets_ptr"}
-    absent |= set() if resets else {"resets_ptr"}
+    absent |= set() if resets else {"resets_ptr", "before_ptr"}
     absent |= {"b_hh_ptr"} if textbook else set()
     constants = compile_time(plan, dtype == torch.float32 and not tf32, **switches)
     constants |= {name: None for name in kernel.arg_names if name in absent}

@@ -4,6 +4,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from . import reference
 from .exchange import await_tiles, publish, unwritten
 from .launch import launch, packed_resets, rounded
 from .plan import LaunchPlan, aligned, pad_hidden
@@ -17,7 +18,7 @@ from .tiles import (
     is_set,
     own_offsets,
     own_units,
-    resets_ahead,
+    resets_of_block,
     rows_of_step,
     shared_memory,
     steps_of_tile,
@@ -27,7 +28,7 @@ from .tiles import (
 
 
 @gluon.jit
-def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
+def _fetch_step(dy_ptr, gates_ptr, before_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
                 before_row, before_running, left, in_tile, n_row_in, own_y, own_gates,
                 D: gl.constexpr, TEXTBOOK: gl.constexpr, PACKED: gl.constexpr,
                 FORM: gl.constexpr):  # fmt: skip
@@ -42,7 +43,6 @@ def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
     else:
         mask = in_tile & (left > 0)
         is_first = left <= 1
-    before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
     gates = gates_ptr + row * (D * G * H) + own_gates
     own = row * (D * H) + own_y
     r, z, n = fetch3(gates, mask, H, FORM)
@@ -54,6 +54,9 @@ def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
         dy = fetch(dy_ptr + own, mask, FORM)
     if not TEXTBOOK:
         gh_n = fetch(gates + 3 * H, mask, FORM)
+    before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
+    if before_ptr is not None:
+        before = before_ptr + own
     before = fetch(before, mask, FORM)
     if scale_ptr is not None:
         scale = fetch(scale_ptr + own, mask, FORM)
@@ -63,8 +66,8 @@ def _fetch_step(dy_ptr, gates_ptr, y_ptr, h0_ptr, scale_ptr, clip, row, running,
 
 
 @gluon.jit
-def _factors(saved, is_reset, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
-             HAS_DY: gl.constexpr, SCALED: gl.constexpr, RESETS: gl.constexpr,
+def _factors(saved, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
+             HAS_DY: gl.constexpr, SCALED: gl.constexpr,
              FORM: gl.constexpr):  # fmt: skip
     """All of a step that does not depend on dh: what makes of dh (textbook: da_r of d(r ⊙ h)) da_r,
     da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
@@ -79,8 +82,6 @@ def _factors(saved, is_reset, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: 
     is_clipped = r
     if HAS_DY:
         dy = unpacked(saved[5], dtype, FORM)
-    if RESETS:
-        h = gl.where(is_reset[None, :], reset_state, h)
     if clip is not None:
         after = unpacked(saved[7], dtype, FORM)
         is_clipped = (after >= clip) | (after <= -clip)
@@ -104,7 +105,7 @@ def _factors(saved, is_reset, reset_state, clip, dtype: gl.constexpr, TEXTBOOK: 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
            do_not_specialize_on_alignment=[
-               "dh_n_ptr", "reset_state_ptr", "offsets_ptr",
+               "dh_n_ptr", "offsets_ptr",
            ])  # fmt: skip
 def _gru_backward_kernel(
     dy_ptr,  # [N, D, H]           or None for 0
@@ -112,14 +113,14 @@ def _gru_backward_kernel(
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]  transposed: rows are the columns of U
     h0_ptr,  # [B, D, H]
     y_ptr,  # [N, D, H]
+    before_ptr,  # [N, D, H]           the state entering each step, or None to have it from y and h0
     gates_ptr,  # [N, D, G, H]
     dgh_ptr,  # [N, D, 3, H_ROW]  exchanged: gradients of the recurrent products
     dgx_ptr,  # [N, D, 3, H]      gradients of gx; the textbook form's are those of dgh
     dh0_ptr,  # [D, B, H]
-    dreset_ptr,  # [D, B, H]           of reset_state, each sequence's share
+    dreset_ptr,  # [D, B, H]           or None: of reset_state, each sequence's share
     dscale_ptr,  # [N, D, H]
-    resets_ptr,  # [D, words, B]       or None: bits, where a step is entered with the reset state
-    reset_state_ptr,  # [D, H]              or None for 0
+    resets_ptr,  # [D, words, B]       or None: bits, where a step was entered with the reset state
     scale_ptr,  # [N, D, H]           or None: of the candidate's share
     clip,  # of the state, or None
     offsets_ptr,  # [T + 1]             or None: where each step's rows begin, and N: PACKED
@@ -139,7 +140,7 @@ def _gru_backward_kernel(
     PACKED: gl.constexpr = offsets_ptr is not None
     HAS_DY: gl.constexpr = dy_ptr is not None
     RESETS: gl.constexpr = resets_ptr is not None
-    LEARNED: gl.constexpr = reset_state_ptr is not None
+    LEARNED: gl.constexpr = dreset_ptr is not None
     SCALED: gl.constexpr = scale_ptr is not None
     H: gl.constexpr = FORM.H
     H_ROW: gl.constexpr = FORM.H_ROW
@@ -170,12 +171,8 @@ def _gru_backward_kernel(
     step = gl.where(forwards, -1, 1)
     if HAS_DY:
         dy_ptr += d * H
-    reset_state = gl.full([FORM.BLOCK_H], 0.0, gl.float32, gl.SliceLayout(1, L))[:, None]
     if RESETS:
         resets_ptr += d * ((T + 31) // 32 + 1) * B
-    if LEARNED:
-        reset_state = gl.load(reset_state_ptr + d * H + unit, mask=mask_h, other=0.0)
-        reset_state = reset_state.to(gl.float32)[:, None]
     own_dscale = 0
     if SCALED:
         scale_ptr += d * H
@@ -183,6 +180,8 @@ def _gru_backward_kernel(
         own_dscale = own_offsets(unit, D * H, L, FORM)
     h0_ptr += d * H
     y_ptr += d * H
+    if RESETS:
+        before_ptr += d * H
     gates_ptr += d * (G * H)
     dgh_ptr += d * (3 * H_ROW)
     dgx_ptr += d * (3 * H)
@@ -214,29 +213,16 @@ def _gru_backward_kernel(
         load_row, load_running = row, running
         after_row, after_running = rows_of_step(offsets_ptr, t + step, row0, T, B, PACKED)
         middle_row, middle_running = row, running
-        is_reset = 0
         if RESETS:
             at = gl.minimum(n_row, real - 1)
-            is_reset = is_set(gl.load(resets_ptr + row0 + at), 0)
         for k in gl.static_range(AHEAD):
             saved = _fetch_step(
-                dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, clip, load_row, load_running,
+                dy_ptr, gates_ptr, before_ptr, y_ptr, h0, scale_ptr, clip, load_row, load_running,
                 after_row, after_running, steps - k, in_tile_in, n_row_in, own_y,
                 own_gates, D, TEXTBOOK, PACKED, FORM,
             )  # fmt: skip
             if k + 1 < AHEAD:
-                f = _factors(
-                    saved,
-                    is_reset,
-                    reset_state,
-                    clip,
-                    dtype,
-                    TEXTBOOK,
-                    HAS_DY,
-                    SCALED,
-                    RESETS,
-                    FORM,
-                )
+                f = _factors(saved, clip, dtype, TEXTBOOK, HAS_DY, SCALED, FORM)
             middle_row, middle_running = load_row, load_running
             load_row, load_running = after_row, after_running
             after_row, after_running = rows_of_step(
@@ -249,7 +235,7 @@ def _gru_backward_kernel(
             if RESETS:
                 until = gl.minimum(block + 32, steps)
                 barrier()  # as before a tile
-                bits = resets_ahead(resets_ptr + row0, block, at, B)
+                bits = resets_of_block(resets_ptr + row0, block, at, B)
             pairs = until - until % 2
             for last in gl.static_range(2):
                 for i in range(
@@ -267,18 +253,7 @@ def _gru_backward_kernel(
                             mask = in_tile
                             awaited_now = awaited
                         if not EARLY:
-                            f = _factors(
-                                saved,
-                                is_reset,
-                                reset_state,
-                                clip,
-                                dtype,
-                                TEXTBOOK,
-                                HAS_DY,
-                                SCALED,
-                                RESETS,
-                                FORM,
-                            )
+                            f = _factors(saved, clip, dtype, TEXTBOOK, HAS_DY, SCALED, FORM)
                         # gates, publish
                         dh_later = dh
                         if HAS_DY:
@@ -324,26 +299,12 @@ def _gru_backward_kernel(
                             gl.store(dgx + H, da_z.to(dtype), mask=mask)
                             gl.store(dgx + 2 * H, (dh * f[3]).to(dtype), mask=mask)
                             dh = dh * f[4]
-                        was_reset = is_reset
-                        if RESETS:
-                            is_reset = is_set(bits, half)
                         # The loads of a later step come before the wait: its first look, so early that
                         # it is in vain, would take from what L2 has for the looks of others.
                         if EARLY:
-                            f = _factors(
-                                saved,
-                                is_reset,
-                                reset_state,
-                                clip,
-                                dtype,
-                                TEXTBOOK,
-                                HAS_DY,
-                                SCALED,
-                                RESETS,
-                                FORM,
-                            )
+                            f = _factors(saved, clip, dtype, TEXTBOOK, HAS_DY, SCALED, FORM)
                         saved = _fetch_step(
-                            dy_ptr, gates_ptr, y_ptr, h0, scale_ptr, clip, load_row,
+                            dy_ptr, gates_ptr, before_ptr, y_ptr, h0, scale_ptr, clip, load_row,
                             load_running, after_row, after_running, steps - (i + half + AHEAD),
                             in_tile_in, n_row_in, own_y, own_gates, D, TEXTBOOK, PACKED,
                             FORM,
@@ -362,9 +323,10 @@ def _gru_backward_kernel(
                         # total
                         dh += total(sums[0], place[0], mask_h, FORM)
                         if RESETS:
+                            is_reset = is_set(bits, half)[None, :]
                             if LEARNED:
-                                dreset += gl.where(was_reset[None, :], dh, 0.0)
-                            dh = gl.where(was_reset[None, :], 0.0, dh)
+                                dreset += gl.where(is_reset, dh, 0.0)
+                            dh = gl.where(is_reset, 0.0, dh)
                         # on
                         if PACKED:
                             dh = gl.where(mask, dh, dh_later)
@@ -417,18 +379,25 @@ def gru_backward(
     dgh = y.new_empty(rows) if plan.solo else unwritten(*rows, H=H, like=y)
     dgx = y.new_empty(0 if textbook else (*shape, D, 3 * H))
     dh0 = h0.new_empty(D, B, H)
-    dreset_state = y.new_empty(0 if reset_state is None else (D, B, H))
+    dreset_state = None if reset_state is None else y.new_empty(D, B, H)
     dscale = y.new_empty(0 if update_scale is None else y.shape)
     u = pad_hidden(w_hh, plan.H_pad, transposed=True)
     h0_rows = aligned(h0.to(y.dtype).transpose(0, 1))  # as y's
+    before = None
+    if resets is not None:
+        before = reference.states_before(
+            y, h0, offsets, reverse=reverse, bidirectional=bidirectional, heads=heads,
+            resets=resets, reset_state=reset_state,
+        )  # fmt: skip
     walk = {"HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     arguments = (
-        aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(gates), dgh, dgx, dh0, dreset_state,
-        dscale, packed_resets(resets, offsets, B, plan, True, **walk), reset_state, aligned(update_scale),
-        rounded(clip, y.dtype),
+        aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(before), aligned(gates), dgh, dgx, dh0,
+        dreset_state, dscale, packed_resets(resets, offsets, B, plan, True, **walk),
+        aligned(update_scale), rounded(clip, y.dtype),
     )  # fmt: skip
     switches = {"TEXTBOOK": textbook, **walk}
     launch(_gru_backward_kernel, arguments, y, offsets, shape, B, plan, **switches)
     dgh = dgh[..., :H].reshape(*shape, D, 3 * H)  # a copy where there is padding
     dgx, dgh = (dgh, dgx) if textbook else (dgx, dgh)
-    return dgx, dgh, dh0, dreset_state, dscale
+    nothing = y.new_empty(0)
+    return dgx, dgh, dh0, nothing if dreset_state is None else dreset_state, dscale

@@ -19,7 +19,7 @@ from .tiles import (
     is_set,
     own_offsets,
     own_units,
-    resets_ahead,
+    resets_of_block,
     rows_of_step,
     shared_memory,
     sigmoid,
@@ -196,8 +196,8 @@ def _gru_forward_kernel(
             if RESETS:
                 until = gl.minimum(block + 32, steps)
                 barrier()  # as before a tile
-                bits = resets_ahead(words_ptr, block, at_own, B)
-                bits_in = resets_ahead(words_ptr, block, at_in, B)
+                bits = resets_of_block(words_ptr, block, at_own, B)
+                bits_in = resets_of_block(words_ptr, block, at_in, B)
             pairs = until - until % 2
             for last in gl.static_range(2):
                 for i in range(

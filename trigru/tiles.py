@@ -148,9 +148,10 @@ def walks_forwards(d, HEADS: gl.constexpr, REVERSE: gl.constexpr, BIDIRECTIONAL:
 
 # ------------------------------------------------------------------------------------------- resets
 #
-# A kernel has the resets as bits, in the order of its walk: bit k of a sequence's word w, of
-# [D, words, B], is the reset before the walk's step 32 w + k; one word more than there are steps
-# for. So a step loads nothing for them, and no address waits for what is loaded.
+# A kernel has the resets as bits, 32 steps of its walk at a time: of [D, words, B], one word more
+# than there are steps for. So a step loads nothing for them, and no address waits for what is
+# loaded. Forward a step asks who is reset before the next one, backward who was before it: bit k of
+# word w is of step 32 w + k there, of step 32 w + k − 1 here, and both want the bits 1 … 32.
 
 
 @gluon.jit
@@ -178,10 +179,10 @@ def _pack_resets_kernel(
     forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL) != AGAINST
     word = gl.zeros([BLOCK], gl.int32, L)
     for bit in range(32):
-        step = 32 * gl.program_id(0) + bit
+        step = 32 * gl.program_id(0) + bit - (1 if AGAINST else 0)
         t = gl.where(forwards, step, steps - 1 - step)
         row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-        mask = (n < gl.minimum(rows, running)) & (step < steps)
+        mask = (n < gl.minimum(rows, running)) & (step >= 0) & (step < steps)
         is_reset = gl.load(resets_ptr + (row + n) * D + d, mask=mask, other=0) != 0
         word |= is_reset.to(gl.int32) << bit
     words_ptr += (d.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * B + row0
@@ -189,15 +190,14 @@ def _pack_resets_kernel(
 
 
 @gluon.jit
-def resets_ahead(words_ptr, block, rows, B):
-    """A tile's bits of the 32 steps after `block`: what enters the next step is known in this one.
-    Made of two loads here, they are waited for here, and not in the time loop, where the same
-    scoreboards are those of other loads. rows: of the tile, [BLOCK_B]."""
+def resets_of_block(words_ptr, block, rows, B):
+    """A tile's bits for the 32 steps from `block` on, rows: of the tile, [BLOCK_B]. They are made of
+    two words here so that these are waited for here, and not in the time loop, where the same
+    scoreboards are those of other loads."""
     words_ptr += (block // 32).to(gl.int64) * B
-    word = gl.load(words_ptr + rows)
-    after = gl.load(words_ptr + B + rows)
     return gl.inline_asm_elementwise(
-        "shf.r.wrap.b32 $0, $1, $2, 1;", "=r,r,r", [word, after], dtype=gl.int32, is_pure=True,
+        "shf.r.wrap.b32 $0, $1, $2, 1;", "=r,r,r",
+        [gl.load(words_ptr + rows), gl.load(words_ptr + B + rows)], dtype=gl.int32, is_pure=True,
         pack=1,
     )  # fmt: skip
 
