@@ -124,12 +124,16 @@ class Recurrence(torch.autograd.Function):
         dgx, dgh, dh0, dreset_state, dscale = results
         dw_hh = db_hh = None
         if any(ctx.needs_input_grad[2:4]):
-            before = reference.states_before(
-                y, h0, offsets, resets=resets, reset_state=reset_state,
-                **{name: walk[name] for name in ("reverse", "bidirectional", "heads")},
-            )  # fmt: skip
-            reset = gates[..., 0, :] * before if walk["textbook"] else before
-            dw_hh, db_hh = weight_gradients(dgx if walk["textbook"] else dgh, before, reset)
+            dgh, reset_gate = (dgx, gates[..., 0, :]) if walk["textbook"] else (dgh, None)
+            order = {name: walk[name] for name in ("reverse", "bidirectional", "heads")}
+            if offsets is None and resets is None:
+                dw_hh, db_hh = _weight_gradients_of_padded(dgh, y, h0, reset_gate, **order)
+            else:
+                before = reference.states_before(
+                    y, h0, offsets, resets=resets, reset_state=reset_state, **order
+                )
+                reset = before if reset_gate is None else reset_gate * before
+                dw_hh, db_hh = weight_gradients(dgh, before, reset)
         return (
             dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, None, None,
             None if reset_state is None else dreset_state.sum(1),
@@ -225,22 +229,68 @@ def _vmap(
 def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
     """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (…, D, 3H), the gradients of the recurrent
     products, and what U_r, U_z and U_n were multiplied by, each (…, D, H)."""
-    H = operand_rz.shape[-1]
-    dgh = dgh.flatten(0, -3)  # (N, D, 3H)
-    # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
-    # takes them step by step, so there the sum is one of short ones: not while a graph is traced,
-    # which must not depend on their number.
-    rows = 64 if type(dgh) is Tensor and dgh.device.type == "cpu" else dgh.shape[0]
-
-    def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over the rows
-        parts = zip(gradients.split(rows), operand.flatten(0, -3).split(rows), strict=True)
-        products = (torch.bmm(g.permute(1, 2, 0), o.transpose(0, 1)) for g, o in parts)
-        return functools.reduce(torch.add, products)
-
     if operand_n is operand_rz:
-        dw_hh = product(dgh, operand_rz)
+        dw_hh = _products((dgh, operand_rz))
     else:
-        dw_hh = torch.cat(
-            (product(dgh[..., : 2 * H], operand_rz), product(dgh[..., 2 * H :], operand_n)), dim=1
-        )
-    return dw_hh, dgh.sum(0)
+        H = operand_rz.shape[-1]
+        dgh_rz, dgh_n = dgh.split((2 * H, H), -1)
+        dw_hh = torch.cat((_products((dgh_rz, operand_rz)), _products((dgh_n, operand_n))), 1)
+    return dw_hh, _bias_gradients(dgh)
+
+
+def _weight_gradients_of_padded(
+    dgh: Tensor, y: Tensor, h0: Tensor, reset_gate: Tensor | None, *, bidirectional: bool,
+    reverse: bool, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same of padded sequences without resets, from y (T, B, D, H), h0 (D, B, H) and, in the
+    textbook form, r as y: the states before are y but for one step, and are not copied for it."""
+    H = y.shape[-1]
+    h0 = h0.to(y.dtype).transpose(0, 1)  # (B, D, H)
+    ways = []  # the recurrences by their direction
+    for way in range(1 + bidirectional):
+
+        def of_way(rows: Any, way: int = way) -> Any:  # (…, D, W) → (…, D / ways, W)
+            if rows is None or not bidirectional:
+                return rows
+            return rows.unflatten(-2, (-1, 2, heads))[..., way, :, :].flatten(-3, -2)
+
+        dgh_w, y_w, h0_w, r_w = map(of_way, (dgh, y, h0, reset_gate))
+        if way == 1 or reverse:
+            later, first, before = slice(None, -1), -1, y_w[1:]
+        else:
+            later, first, before = slice(1, None), 0, y_w[:-1]
+        if r_w is None:
+            ways.append(_products((dgh_w[first], h0_w), (dgh_w[later], before)))
+            continue
+        dgh_rz, dgh_n = dgh_w.split((2 * H, H), -1)
+        dw_rz = _products((dgh_rz[first], h0_w), (dgh_rz[later], before))
+        dw_n = _products((dgh_n[first], r_w[first] * h0_w), (dgh_n[later], r_w[later] * before))
+        ways.append(torch.cat((dw_rz, dw_n), 1))
+    if bidirectional:
+        dw_hh = torch.stack([w.unflatten(0, (-1, heads)) for w in ways], 1).flatten(0, 2)
+    else:
+        (dw_hh,) = ways
+    return dw_hh, _bias_gradients(dgh)
+
+
+def _products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """(D, G, H), from pairs of (…, D, G) and (…, D, H): their products, summed over all rows."""
+    total = None
+    for gradients, operand in pairs:
+        gradients, operand = gradients.flatten(0, -3), operand.flatten(0, -3)  # (N, D, …)
+        # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU,
+        # which takes them step by step, so there the sum is one of short ones: not while a graph is
+        # traced, which must not depend on their number.
+        eager_cpu = type(gradients) is Tensor and gradients.device.type == "cpu"
+        rows = 64 if eager_cpu else gradients.shape[0]
+        for g, o in zip(gradients.split(rows), operand.split(rows), strict=True):
+            g, o = g.permute(1, 2, 0), o.transpose(0, 1)  # (D, G, n), (D, n, H)
+            total = torch.bmm(g, o) if total is None else torch.baddbmm(total, g, o)
+    assert total is not None
+    return total
+
+
+def _bias_gradients(dgh: Tensor) -> Tensor:
+    """db_hh (D, 3H). A pass of its own: as a column of the products it would need a copy of the
+    operands with a column of ones, and by pieces it would be rounded once for each."""
+    return dgh.flatten(0, -3).sum(0)
