@@ -46,6 +46,11 @@ class TriGRU(nn.RNNBase):
             the state of a reset, and hx where it is left out.
         clip: h' is limited to ± this before anything uses it (LFADS), with no gradient where it
             gets there; None for no limit.
+        save: what a layer keeps for its backward: "gates", its input, y and 3 or 4 activations of
+            y's size (textbook or torch form); or "state", its input and y alone. The backward then
+            makes the others again, by products over all steps at once. Compiled functions, traces
+            and torch.func take the ordinary way: a compiler chooses itself what it keeps. Where no
+            kernel runs, PyTorch's own GRU, which keeps more, gives way to a slower loop.
 
     Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch, or a PackedSequence;
     and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if
@@ -75,6 +80,7 @@ class TriGRU(nn.RNNBase):
     heads: int = 1
     learn_reset: bool = False
     clip: float | None = None
+    save: str = "gates"
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class TriGRU(nn.RNNBase):
         heads: int = 1,
         learn_reset: bool = False,
         clip: float | None = None,
+        save: str = "gates",
         **kwargs: Any,
     ) -> None:
         if "proj_size" in kwargs:
@@ -103,11 +110,14 @@ class TriGRU(nn.RNNBase):
         if heads < 1 or (isinstance(hidden_size, int) and hidden_size % heads):
             raise ValueError(f"heads must divide hidden_size {hidden_size}, got {heads}")
         ops.check_clip(clip)
+        if save not in ("gates", "state"):
+            raise ValueError(f"save must be 'gates' or 'state', got {save!r}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, **kwargs,
         )  # fmt: skip
         self.variant, self.heads, self.learn_reset, self.clip = variant, heads, learn_reset, clip
+        self.save = save
         if heads > 1:
             for name in [n for n in self._flat_weights_names if n.startswith("weight_hh")]:
                 weight = getattr(self, name)
@@ -157,7 +167,7 @@ class TriGRU(nn.RNNBase):
     def extra_repr(self) -> str:
         given = {
             name: getattr(self, name)
-            for name in ("variant", "heads", "learn_reset", "clip")
+            for name in ("variant", "heads", "learn_reset", "clip", "save")
             if getattr(self, name) != getattr(TriGRU, name)
         }
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in given.items())
@@ -310,11 +320,14 @@ class TriGRU(nn.RNNBase):
                 "variant, resets, update_scale, clip nor heads: take "
                 "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
             )
+        lean = self.save == "state" and ops.keeps_a_graph(
+            input, hx, reset_state, update_scale, *weights
+        )
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
         if per_sample or (
             plain
-            and not (textbook or torch.compiler.is_compiling() or ops.transformed())
+            and not (lean or textbook or torch.compiler.is_compiling() or ops.transformed())
             and ops.why_no_kernel(input.device, dtype, self.hidden_size // heads, textbook)
         ):
             if not per_sample:
@@ -374,10 +387,13 @@ class TriGRU(nn.RNNBase):
                 w_hh = w_hh.flatten(0, 1)
                 h0 = h0.unflatten(-1, (heads, -1)).movedim(2, 1).flatten(0, 1)
                 reset = None if reset is None else reset.reshape(D * heads, -1)
-            gx = F.linear(x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
+            made_of = x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten()
+            with torch.no_grad() if lean else nullcontext():
+                gx = F.linear(*made_of)
             y, h = ops.recurrence(
                 gx.unflatten(-1, (D * heads, -1)), h0, w_hh, b_hh, offsets, resets, reset,
                 update_scale, textbook=textbook, heads=heads, clip=self.clip,
+                made_of=made_of if lean else None,
             )  # fmt: skip
             x = y.flatten(-2)
             if heads > 1:  # (D, B, H)
