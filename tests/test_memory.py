@@ -494,3 +494,192 @@ def test_saving_is_an_option_of_the_layer():
     del vars(old)["save"]  # as in files from before there was more
     assert pickle.loads(pickle.dumps(old)).save == "gates"
     assert layer.to_torch()(torch.ones(T, B, IN))[0].shape == (T, B, H)
+
+
+# Single steps
+
+STEPPED = {  # settings, and whether with hx
+    "one": ({}, True),
+    "stack": ({"num_layers": 3}, True),
+    "from nothing": ({"num_layers": 2}, False),
+    "no bias": ({"num_layers": 2, "bias": False}, True),
+    "batch first": ({"num_layers": 2, "batch_first": True}, True),
+    "dropout of all": ({"num_layers": 3, "dropout": 1.0}, True),
+    "heads": ({"num_layers": 2, "heads": 2}, True),
+    "clip": ({"num_layers": 2, "clip": 0.2}, True),
+    "learn_reset": ({"num_layers": 2, "learn_reset": True}, False),
+    "all": ({"heads": 3, "clip": 0.3, "learn_reset": True, "batch_first": True}, False),
+}
+
+
+def step_by_step(layer, x, hx=None):
+    """What `layer(x, hx)` is, by its `step`."""
+    time = 1 if layer.batch_first and x.dim() == 3 else 0
+    outputs = []
+    for x_t in x.unbind(time):
+        y_t, hx = layer.step(x_t, hx)
+        outputs.append(y_t)
+    return torch.stack(outputs, time), hx
+
+
+def layer_and_case(variant, settings, with_hx=True, unbatched=False, dtype=F64):
+    layer = TriGRU(IN, H, **settings, variant=variant, dtype=dtype)
+    if layer.learn_reset:
+        torch.nn.init.normal_(layer.reset_state)
+    x, hx = dense_case(layer)
+    if unbatched:
+        x, hx = x[0] if layer.batch_first else x[:, 0], hx[:, 0]
+    return layer, x, hx if with_hx else None
+
+
+@VARIANT
+@pytest.mark.parametrize("settings, with_hx", STEPPED.values(), ids=STEPPED)
+@pytest.mark.parametrize("unbatched", [False, True], ids=["", "unbatched"])
+def test_step_by_step_is_the_whole(monkeypatch, variant, settings, with_hx, unbatched):
+    """Results and gradients; by `torch.gru_cell` where that computes it."""
+    layer, x, hx = layer_and_case(variant, settings, with_hx, unbatched)
+    calls, gru_cell = [], torch.gru_cell
+    monkeypatch.setattr(torch, "gru_cell", lambda *args: calls.append(args) or gru_cell(*args))
+    actual = results(lambda x, hx: step_by_step(layer, x, hx), layer, x, hx)
+    assert_close(actual, results(layer, layer, x, hx), **EXACT)
+    has_cells = variant == "torch" and layer.heads == 1 and layer.clip is None
+    assert len(calls) == (T * layer.num_layers if has_cells else 0)
+
+
+@VARIANT
+def test_steps_drop_only_in_training(variant):
+    settings = {"num_layers": 2, "dropout": 0.5}
+    layer, x, hx = layer_and_case(variant, settings)
+    assert not torch.equal(layer.step(x[0], hx)[1], layer.step(x[0], hx)[1])
+    layer.eval()
+    assert_close(step_by_step(layer, x, hx), layer(x, hx), **EXACT)
+
+
+@VARIANT
+def test_steps_under_autocast(variant):
+    layer, x, hx = layer_and_case(variant, {"num_layers": 2}, dtype=FP32)
+    with torch.autocast("cpu", BF16):
+        actual, exact = layer.step(x[0], hx), layer(x[:1], hx)
+    assert actual[0].dtype == actual[1].dtype == BF16
+    assert_close(actual, (exact[0][0], exact[1]))
+
+
+@VARIANT
+def test_steps_of_no_rows(variant):
+    layer, x, hx = layer_and_case(variant, {"num_layers": 2})
+    y, h_n = layer.step(x[0, :0], hx[:, :0])
+    assert y.shape == (0, H) and h_n.shape == (2, 0, H)
+
+
+@VARIANT
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_output_in_place_is_not_the_state(variant, layers):
+    layer, x, hx = layer_and_case(variant, {"num_layers": layers})
+    with torch.no_grad():
+        y, h_n = layer.step(x[0], hx)
+        before = h_n.clone()
+        y.zero_()
+    assert_close(h_n, before, rtol=0, atol=0)
+
+
+@VARIANT
+def test_steps_in_transforms_and_graphs(fresh_dynamo, variant):
+    layer, x, hx = layer_and_case(variant, {"num_layers": 2})
+
+    def function(x_t, hx):
+        return layer.step(x_t, hx)
+
+    whole = layer(x[:1], hx)
+    exact = whole[0][0], whole[1]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x[0], hx), exact)
+    many = torch.func.vmap(function)(torch.stack([x[0], x[1]]), torch.stack([hx, hx]))
+    assert_close(tuple(t[0] for t in many), exact)
+    tangents = [
+        torch.func.jvp(f, (x[0], hx), (x[1], hx.sin()))[1]
+        for f in (
+            function,
+            lambda x_t, hx: tuple(t.squeeze(0) for t in step_by_step(layer, x_t[None], hx)),
+        )
+    ]
+    assert_close(*tangents)
+
+
+@VARIANT
+def test_no_steps_of_a_second_direction(variant):
+    layer = TriGRU(IN, H, bidirectional=True, variant=variant)
+    with pytest.raises(ValueError, match=r"a bidirectional layer has no steps: its second"):
+        layer.step(torch.zeros(B, IN))
+
+
+@VARIANT
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
+@pytest.mark.parametrize(
+    "x_t, hx, error, text",
+    [
+        ((T, B, IN), None, ValueError, "Expected x_t to be 1D or 2D, got 3D"),
+        ((), None, ValueError, "Expected x_t to be 1D or 2D, got 0D"),
+        ((B, IN + 1), None, RuntimeError, f"input_size.*{IN + 1}"),
+        ((B, IN + 1), (2, B, H), RuntimeError, f"input_size.*{IN + 1}"),
+        ((IN + 1,), (2, H), RuntimeError, f"input_size.*{IN + 1}"),
+        ((B, IN), (2, H), RuntimeError, "hx should also be 3-D but got 2-D"),
+        ((IN,), (2, B, H), RuntimeError, "hx should also be 2-D but got 3-D"),
+        ((H,), (2, H, H), RuntimeError, "hx should also be 2-D but got 3-D"),
+        ((B, IN), (1, B, H), RuntimeError, r"Expected hidden size \(2, 4, 6\), got \[1, 4, 6\]"),
+        ((B, IN), (3, B, H), RuntimeError, r"Expected hidden size \(2, 4, 6\), got \[3, 4, 6\]"),
+        ((B, IN), (2, 1, H), RuntimeError, r"Expected hidden size \(2, 4, 6\), got \[2, 1, 6\]"),
+        ((B, IN), (2, B, 1), RuntimeError, r"Expected hidden size \(2, 4, 6\), got \[2, 4, 1\]"),
+        ((IN,), (1, H), RuntimeError, r"Expected hidden size \(2, 1, 6\), got \[1, 1, 6\]"),
+    ],
+    ids=str,
+)
+def test_errors_of_steps(variant, batch_first, x_t, hx, error, text):
+    layer = TriGRU(IN, H, num_layers=2, batch_first=batch_first, variant=variant)
+    with pytest.raises(error, match=text):
+        layer.step(torch.zeros(x_t), None if hx is None else torch.zeros(hx))
+
+
+@VARIANT
+@pytest.mark.parametrize("change", [{"dtype": F64}, {"dtype": torch.int64}, {"device": "meta"}])
+@pytest.mark.parametrize("changed", [0, 1], ids=["x_t", "hx"])
+def test_steps_of_other_dtypes_and_devices(variant, changed, change):
+    layer = TriGRU(IN, H, variant=variant)
+    case = [torch.zeros(B, IN), torch.zeros(1, B, H)]
+    case[changed] = case[changed].to(**change)
+    with pytest.raises((RuntimeError, ValueError), match=r"dtype|device|meta"):
+        layer.step(*case)
+
+
+# Sequences in chunks
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [FP32, F64, BF16], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("modified", [False, True], ids=["", "modified"])
+def test_chunks_are_the_whole_bit_for_bit(modified, reverse, dtype, textbook):
+    """Each from the h_n of the one before, backwards from the last one on."""
+    steps, rows, width = 17, 5, 24
+    inputs, _ = problem(steps, rows, 1, width, textbook=textbook, dtype=dtype)
+    gx, h0 = inputs["gx"][:, :, 0], inputs["h0"][0]
+    fixed = {
+        "w_hh": inputs["w_hh"][0],
+        "b_hh": None if textbook else inputs["b_hh"][0],
+        "variant": "textbook" if textbook else "torch",
+        "reverse": reverse,
+    }
+    of_steps = {}
+    if modified:
+        of_steps["resets"] = torch.rand(steps, rows) < 0.2
+        of_steps["update_scale"] = torch.rand(steps, rows, width).to(dtype)
+        fixed |= {"reset_state": torch.randn(width).to(dtype), "clip": 0.5}
+    y, h_n = gru(gx, h0, **fixed, **of_steps)
+    for state_dtype in {dtype, FP32 if dtype == BF16 else dtype}:
+        h, chunks = h0.to(state_dtype), []
+        ends = (0, 1, 4, 5, 13, steps)
+        for part in list(map(slice, ends, ends[1:]))[:: -1 if reverse else 1]:
+            y_part, h = gru(gx[part], h, **fixed, **{k: v[part] for k, v in of_steps.items()})
+            assert h.dtype == state_dtype
+            chunks.append(y_part)
+        assert_close(torch.cat(chunks[:: -1 if reverse else 1]), y, rtol=0, atol=0)
+        assert_close(h.to(dtype), h_n, rtol=0, atol=0)

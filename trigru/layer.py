@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from . import onnx, ops
+from .derivatives import forward_mode
 
 
 class TriGRU(nn.RNNBase):
@@ -155,7 +156,11 @@ class TriGRU(nn.RNNBase):
     def _flat_weights(self) -> list[Any]:
         """The weights of now, as torch.gru takes them. nn.RNNBase keeps a list, and finds by weak
         references whether it is still right: compiled, it fails where one has died meanwhile."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        parameters = self._parameters  # where most are, quickly found
+        return [
+            parameters[name] if name in parameters else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
@@ -204,6 +209,76 @@ class TriGRU(nn.RNNBase):
         if not batched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
         return output, h_n
+
+    def step(self, x_t: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of all layers with the least work on the host, for control loops and samplers.
+
+        x_t is (B, I), or (I,) without a batch; hx as the layer's, (layers, B, H) or (layers, H), 0
+        or the reset state if left out. Returns the output (B, H) or (H,), and hx for the next step.
+        It is what the layer computes for a sequence of one step, dropout, autocast and gradients
+        included; no hooks run. The torch form without heads and clip is `torch.gru_cell`'s, on
+        CUDA, too.
+
+        On CUDA such a call is the host's work above all. A graph does without that, over tensors
+        that stay where they are::
+
+            x, hx = torch.zeros(B, I, device="cuda"), torch.zeros(layers, B, H, device="cuda")
+            graph = torch.cuda.CUDAGraph()
+            with torch.no_grad():
+                layer.step(x, hx)  # what only the first call makes cannot be in a graph
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    y, h_n = layer.step(x, hx)
+                    hx.copy_(h_n)
+            hx.zero_()  # where an episode begins
+            x.copy_(observation)
+            graph.replay()  # y is the output, hx the state after it
+
+        Raises ValueError for a bidirectional layer and for an x_t of other dimensions; else what
+        the layer raises."""
+        if self.bidirectional:
+            raise ValueError(
+                "a bidirectional layer has no steps: its second direction begins at the end of the "
+                "sequence"
+            )
+        batched = x_t.dim() == 2
+        if not batched and x_t.dim() != 1:
+            raise ValueError(f"GRU: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
+        output: Any
+        if not batched and (hx is None or hx.dim() == 2):
+            output, h_n = self.step(x_t.unsqueeze(0), None if hx is None else hx.unsqueeze(1))
+            return output.squeeze(0), h_n.squeeze(1)
+        if hx is None:
+            shape = self.num_layers, len(x_t), self.hidden_size
+            zeros = not self.learn_reset
+            hx = x_t.new_zeros(shape) if zeros else self.reset_state.unsqueeze(1).expand(shape)
+        if batched and self._is_of_cells(x_t, hx):
+            return self._step_of_cells(x_t, hx)
+        time = 1 if batched and self.batch_first else 0
+        output, h_n = self.forward(x_t.unsqueeze(time), hx)  # which says what may be wrong
+        return output.squeeze(time), h_n
+
+    def _is_of_cells(self, x: Tensor, hx: Tensor) -> bool:
+        """Whether a step from x (B, I) is `torch.gru_cell`'s in each layer. Beside a cell, each
+        call here would be seen."""
+        return (
+            hx.shape == (self.num_layers, x.shape[0], self.hidden_size)
+            and self.variant == "torch"
+            and self.heads == 1
+            and self.clip is None
+            and not (ops.transformed() or forward_mode() or ops.autocasts(x.device.type))
+        )
+
+    def _step_of_cells(self, x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+        weights, kinds = self._flat_weights, len(self._all_weights[0])
+        states = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout:
+                x = F.dropout(x, self.dropout, self.training)
+            of_layer = weights[layer * kinds : (layer + 1) * kinds]
+            x = torch.gru_cell(x, hx[layer], *of_layer)
+            states.append(x)
+        return x, torch.stack(states)
 
     def _modifiers(self, input: Tensor, resets: Any, update_scale: Any) -> tuple[Any, Any]:
         """resets and update_scale as `ops.recurrence` takes them, but laid out as the input is."""

@@ -312,11 +312,15 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are.
     As elsewhere in PyTorch, autocast leaves float64 alone."""
     device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
