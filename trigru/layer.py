@@ -259,14 +259,15 @@ class TriGRU(nn.RNNBase):
         return output.squeeze(time), h_n
 
     def _is_of_cells(self, x: Tensor, hx: Tensor) -> bool:
-        """Whether a step from x (B, I) is `torch.gru_cell`'s in each layer. Beside a cell, each
-        call here would be seen."""
+        """Whether a step from x (B, I) is `torch.gru_cell`'s in each layer. That of CUDA knows no
+        compiler, no vmap and no forward-mode AD. (Beside a cell's time each call here is seen.)"""
         return (
             hx.shape == (self.num_layers, x.shape[0], self.hidden_size)
             and self.variant == "torch"
             and self.heads == 1
             and self.clip is None
-            and not (ops.transformed() or forward_mode() or ops.autocasts(x.device.type))
+            and not (torch.compiler.is_compiling() or ops.transformed() or forward_mode())
+            and not ops.autocasts(x.device.type)
         )
 
     def _step_of_cells(self, x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
