@@ -566,6 +566,19 @@ def test_steps_under_autocast(variant):
 
 
 @VARIANT
+def test_steps_of_episodes(variant):
+    """A state is reset by whoever holds it."""
+    layer, x, hx = layer_and_case(variant, {"num_layers": 2})
+    resets = torch.rand(T, B) < 0.4
+    assert resets.any()
+    exact, outputs = layer(x, hx, resets=resets), []
+    for x_t, begins in zip(x, resets, strict=True):
+        y_t, hx = layer.step(x_t, hx.masked_fill(begins.unsqueeze(-1), 0))
+        outputs.append(y_t)
+    assert_close((torch.stack(outputs), hx), exact, **EXACT)
+
+
+@VARIANT
 def test_steps_of_no_rows(variant):
     layer, x, hx = layer_and_case(variant, {"num_layers": 2})
     y, h_n = layer.step(x[0, :0], hx[:, :0])

@@ -216,8 +216,9 @@ class TriGRU(nn.RNNBase):
         x_t is (B, I), or (I,) without a batch; hx as the layer's, (layers, B, H) or (layers, H), 0
         or the reset state if left out. Returns the output (B, H) or (H,), and hx for the next step.
         It is what the layer computes for a sequence of one step, dropout, autocast and gradients
-        included; no hooks run. The torch form without heads and clip is `torch.gru_cell`'s, on
-        CUDA, too.
+        included; no hooks run. Where an episode begins, its part of hx is the caller's to reset:
+        `hx.masked_fill(begins.unsqueeze(-1), 0)`. The torch form without heads and clip is
+        `torch.gru_cell`'s, on CUDA, too; in 16 bits it rounds the state at each step.
 
         On CUDA such a call is the host's work above all. A graph does without that, over tensors
         that stay where they are::
@@ -230,7 +231,6 @@ class TriGRU(nn.RNNBase):
                 with torch.cuda.graph(graph):
                     y, h_n = layer.step(x, hx)
                     hx.copy_(h_n)
-            hx.zero_()  # where an episode begins
             x.copy_(observation)
             graph.replay()  # y is the output, hx the state after it
 
