@@ -217,8 +217,8 @@ class TriGRU(nn.RNNBase):
         or the reset state if left out. Returns the output (B, H) or (H,), and hx for the next step.
         It is what the layer computes for a sequence of one step, dropout, autocast and gradients
         included; no hooks run. Where an episode begins, its part of hx is the caller's to reset:
-        `hx.masked_fill(begins.unsqueeze(-1), 0)`. The torch form without heads and clip is
-        `torch.gru_cell`'s, on CUDA, too; in 16 bits it rounds the state at each step.
+        `hx.masked_fill(begins.unsqueeze(-1), 0)`. In 16 bits each step rounds the state. The torch
+        form without heads and clip is `torch.gru_cell`'s, on CUDA, too.
 
         On CUDA such a call is the host's work above all. A graph does without that, over tensors
         that stay where they are::
