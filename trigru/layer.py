@@ -127,7 +127,8 @@ class TriGRU(nn.RNNBase):
                 self._reset_blocks(blocks)
         if learn_reset:
             count = num_layers * (2 if bidirectional else 1)
-            self.reset_state = nn.Parameter(self.weight_hh_l0.new_zeros(count, hidden_size))
+            zeros = torch.zeros(count, hidden_size, device=device, dtype=dtype)
+            self.reset_state = nn.Parameter(zeros)
         if variant == "textbook" and bias:
             for name in [n for n in self._flat_weights_names if n.startswith("bias_hh")]:
                 delattr(self, name)
@@ -199,7 +200,7 @@ class TriGRU(nn.RNNBase):
                 f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
             )
         batch_dim = 0 if self.batch_first else 1
-        modifiers = self._modifiers(input, resets, update_scale)
+        modifiers: tuple[Any, ...] = self._modifiers(input, resets, update_scale)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
@@ -440,8 +441,9 @@ class TriGRU(nn.RNNBase):
                 hx = hx.reshape(len(hx), B, self.hidden_size)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, …)
-            x, resets, update_scale = (
-                None if t is None else t.transpose(0, 1) for t in (input, resets, update_scale)
+            x = input.transpose(0, 1)
+            resets, update_scale = (
+                None if t is None else t.transpose(0, 1) for t in (resets, update_scale)
             )
         D = 2 if self.bidirectional else 1
         h_n = []

@@ -279,7 +279,7 @@ def gru_backward(
             if offsets is not None:
                 dh = torch.cat((dh, waiting))
         walked.append((torch.cat(dgx_d), torch.cat(dgh_d), dh, dreset_state, torch.cat(dscale_d)))
-    dgx, dgh, dh0, dreset_state, dscale = zip(*walked, strict=True)
+    dgx, dgh, dh0, dreset_states, dscale = zip(*walked, strict=True)
 
     def rows(columns: tuple[Tensor, ...]) -> Tensor:
         return torch.stack(columns, 1).unflatten(0, shape)
@@ -288,6 +288,6 @@ def gru_backward(
         rows(dgx),
         y.new_empty(0) if textbook else rows(dgh),
         torch.stack(dh0).to(h0.dtype),
-        y.new_empty(0) if reset_state is None else torch.stack(dreset_state),
+        y.new_empty(0) if reset_state is None else torch.stack(dreset_states),
         y.new_empty(0) if update_scale is None else rows(dscale),
     )
