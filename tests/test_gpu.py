@@ -428,12 +428,13 @@ def test_a_group_that_cannot_all_run_is_refused():
 
 
 @VARIANTS
+@pytest.mark.parametrize("save", ["gates", "state"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_layers(bidirectional, textbook, monkeypatch):
+def test_layers(bidirectional, save, textbook, monkeypatch):
     """A whole stack of layers, beside the same stack on PyTorch's own path on the device."""
     variant = "textbook" if textbook else "torch"
     shape = dict(num_layers=2, bidirectional=bidirectional, batch_first=True, variant=variant)
-    layer = TriGRU(96, 320, **shape, device=DEVICE)
+    layer = TriGRU(96, 320, **shape, save=save, device=DEVICE)
     double = TriGRU(96, 320, **shape, dtype=torch.float64)
     double.load_state_dict(layer.state_dict())
     x = torch.randn(7, 31, 96, device=DEVICE)
@@ -448,8 +449,53 @@ def test_layers(bidirectional, textbook, monkeypatch):
     actual = outcome(layer, x)
     exact = {name: t.to(DEVICE) for name, t in outcome(double, x.double().cpu()).items()}
     monkeypatch.setattr(ops, "why_no_kernel", lambda *_: "the test asks for PyTorch's path")
+    layer.save = "gates"  # or PyTorch's own GRU would not do
     with products_as_in_rnns():
         assert_within_rule(actual, exact, outcome(layer, x))
+
+
+@VARIANTS
+@pytest.mark.parametrize("save", ["gates", "state"])
+def test_memory_that_a_call_keeps(save, textbook):
+    """In units of T·B·H: y and, unless the state is enough, the gates; x is the caller's."""
+    T, B, H = 200, 16, 512
+    variant = "textbook" if textbook else "torch"
+    layer = TriGRU(H, H, variant=variant, save=save, device=DEVICE, dtype=BF16)
+    x = torch.randn(T, B, H, device=DEVICE, dtype=BF16)
+    layer(x)[0].sum().backward()  # what is made once: cuBLAS' workspace, gradients
+    before = torch.cuda.memory_allocated()
+    outputs = layer(x)
+    kept = (torch.cuda.memory_allocated() - before) / outputs[0].untyped_storage().nbytes()
+    assert round(kept, 1) == (1 if save == "state" else 4 if textbook else 5)
+
+
+@VARIANTS
+def test_steps(textbook):
+    """One after the other, and as a graph over tensors that stay where they are."""
+    variant = "textbook" if textbook else "torch"
+    layer = TriGRU(32, 64, num_layers=2, variant=variant, device=DEVICE)
+    xs = torch.randn(12, 8, 32, device=DEVICE)
+    x, hx = torch.zeros(8, 32, device=DEVICE), torch.zeros(2, 8, 64, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        whole, exact = layer(xs)[0], in_float64(layer, xs)
+        stepped, h = [], None
+        for x_t in xs:
+            y_t, h = layer.step(x_t, h)
+            stepped.append(y_t)
+        assert_within_rule({"y": torch.stack(stepped)}, {"y": exact}, {"y": whole})
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y, h_n = layer.step(x, hx)
+            hx.copy_(h_n)
+        for _ in range(2):  # episodes
+            hx.zero_()
+            replayed = []
+            for x_t in xs:
+                x.copy_(x_t)
+                graph.replay()
+                replayed.append(y.clone())
+            assert_within_rule({"y": torch.stack(replayed)}, {"y": exact}, {"y": whole})
 
 
 def test_autocast_and_compile():

@@ -5,10 +5,12 @@ A first derivative is the walk back, a kernel of its own. What lies beyond it go
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -28,6 +30,10 @@ def _walk(
         "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional, "heads": heads,
         "clip": clip,
     }  # fmt: skip
+
+
+def _order(walk: dict[str, Any]) -> dict[str, Any]:
+    return {name: walk[name] for name in ("reverse", "bidirectional", "heads")}
 
 
 def _gradients_may_be_batched(backward: Callable) -> Callable:
@@ -103,42 +109,113 @@ class Recurrence(torch.autograd.Function):
     @_gradients_may_be_batched
     def backward(ctx, dy, dh_n, dgates):
         h0, w_hh, y, gates, *modifiers = ctx.saved_tensors
-        offsets, resets, reset_state, update_scale, *unsaved = modifiers
-        modifiers = modifiers[:4]
+        modifiers, unsaved = modifiers[:4], modifiers[4:]
         if unsaved:  # in a graph that was made without gradients, or by torch.jit.trace
             gx, b_hh = unsaved
-            _, _, gates = torch.ops.trigru.forward(
-                gx, h0, w_hh, b_hh, *modifiers, *ctx.switches, True
-            )
-        tensors = dy, dh_n, h0, w_hh, y, gates, *modifiers
-        walk = _walk(*ctx.switches)
-        if dgates is not None or forward_mode():
-            results = reference.gru_backward(
-                *tensors[:7], resets=resets, reset_state=reset_state, update_scale=update_scale,
-                **walk, dgates=dgates,
-            )  # fmt: skip
-        elif torch.compiler.is_compiling():  # compiled autograd
-            results = torch.ops.trigru.backward(*tensors, *ctx.switches)
-        else:
-            results = WalkBack.apply(*tensors, *ctx.switches)
-        dgx, dgh, dh0, dreset_state, dscale = results
-        dw_hh = db_hh = None
-        if any(ctx.needs_input_grad[2:4]):
-            before = reference.states_before(
-                y, h0, offsets, resets=resets, reset_state=reset_state,
-                **{name: walk[name] for name in ("reverse", "bidirectional", "heads")},
-            )  # fmt: skip
-            reset = gates[..., 0, :] * before if walk["textbook"] else before
-            dw_hh, db_hh = weight_gradients(dgx if walk["textbook"] else dgh, before, reset)
-        return (
-            dgx, dh0, dw_hh, db_hh if ctx.has_bias else None, None, None,
-            None if reset_state is None else dreset_state.sum(1),
-            None if update_scale is None else dscale, *[None] * 6,
+            gates = _gates_again(gx, h0, w_hh, b_hh, y, modifiers, ctx.switches)
+        gradients = _gradients(
+            dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches, dgates=dgates,
+            of_weights=any(ctx.needs_input_grad[2:4]), has_bias=ctx.has_bias,
         )  # fmt: skip
+        return *gradients, *[None] * 6
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         return _vmap(Recurrence.apply, "rswworwr", "rsr", info, in_dims, *inputs)
+
+
+class LeanRecurrence(torch.autograd.Function):
+    """`trigru::forward` and the input projection before it, which keeps the input and y alone: its
+    backward makes gx and the gates anew, of all steps at once.
+
+    To its forward gx comes from outside, without a gradient. Of second derivatives it knows nothing
+    by itself: gates that were made anew are functions of the input, the weights and y. There are no
+    rules for torch.func and graphs here, which take the ordinary way."""
+
+    @staticmethod
+    def forward(ctx, x, w_ih, b_ih, gx, h0, w_hh, b_hh, *modifiers_and_switches):
+        modifiers, ctx.switches = modifiers_and_switches[:4], modifiers_and_switches[4:]
+        y, h_n, _ = torch.ops.trigru.forward(gx, h0, w_hh, b_hh, *modifiers, *ctx.switches, False)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w_ih, b_ih, h0, w_hh, b_hh, y, *modifiers)
+        return y, h_n
+
+    @staticmethod
+    @_gradients_may_be_batched
+    def backward(ctx, dy, dh_n):
+        x, w_ih, b_ih, h0, w_hh, b_hh, y, *modifiers = ctx.saved_tensors
+        with _autocast_off(x.device):  # it was off or has cast all
+            gx = F.linear(x, w_ih, b_ih).unflatten(-1, (len(w_hh), -1))
+            gates = _gates_again(gx, h0, w_hh, b_hh, y, modifiers, ctx.switches)
+            del gx
+            needs = ctx.needs_input_grad
+            dgx, *gradients = _gradients(
+                dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches,
+                of_weights=needs[5] or needs[6], has_bias=b_hh is not None,
+            )  # fmt: skip
+            dgx = dgx.flatten(-2)  # (…, D · 3H)
+            rows = dgx.flatten(0, -2)
+            return (
+                dgx @ w_ih if needs[0] else None,
+                rows.T @ x.flatten(0, -2) if needs[1] else None,
+                rows.sum(0) if needs[2] else None,
+                None, *gradients, *[None] * 5,
+            )  # fmt: skip
+
+
+def _autocast_off(device: torch.device) -> AbstractContextManager:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _gates_again(
+    gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, y: Tensor, modifiers: Sequence,
+    switches: Sequence,
+) -> Tensor:  # fmt: skip
+    """The gates that `trigru::forward` would have saved, from what it was given and its y."""
+    offsets, resets, reset_state, _ = modifiers
+    walk = _walk(*switches)
+    before = reference.states_before(
+        y, h0, offsets, resets=resets, reset_state=reset_state, **_order(walk)
+    )
+    return reference.gates_of(gx, before, w_hh, b_hh, textbook=walk["textbook"])
+
+
+def _gradients(
+    dy: Tensor | None, dh_n: Tensor | None, h0: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor,
+    modifiers: Sequence, switches: Sequence, *, of_weights: bool, has_bias: bool,
+    dgates: Tensor | None = None,
+) -> tuple:  # fmt: skip
+    """Of `trigru::forward`'s tensors, in their order: the walk back and, `of_weights`, the products
+    behind it."""
+    offsets, resets, reset_state, update_scale = modifiers
+    walk = _walk(*switches)
+    tensors = dy, dh_n, h0, w_hh, y, gates, *modifiers
+    if dgates is not None or forward_mode():
+        results = reference.gru_backward(
+            dy, dh_n, h0, w_hh, y, gates, offsets, resets=resets, reset_state=reset_state,
+            update_scale=update_scale, **walk, dgates=dgates,
+        )  # fmt: skip
+    elif torch.compiler.is_compiling():  # compiled autograd
+        results = torch.ops.trigru.backward(*tensors, *switches)
+    else:
+        results = WalkBack.apply(*tensors, *switches)
+    dgx, dgh, dh0, dreset_state, dscale = results
+    dw_hh = db_hh = None
+    if of_weights:
+        dgh, reset_gate = (dgx, gates[..., 0, :]) if walk["textbook"] else (dgh, None)
+        if offsets is None and resets is None:
+            dw_hh, db_hh = _weight_gradients_of_padded(dgh, y, h0, reset_gate, **_order(walk))
+        else:
+            before = reference.states_before(
+                y, h0, offsets, resets=resets, reset_state=reset_state, **_order(walk)
+            )
+            reset = before if reset_gate is None else reset_gate * before
+            dw_hh, db_hh = weight_gradients(dgh, before, reset)
+    return (
+        dgx, dh0, dw_hh, db_hh if has_bias else None, None, None,
+        None if reset_state is None else dreset_state.sum(1),
+        None if update_scale is None else dscale,
+    )  # fmt: skip
 
 
 class WalkBack(torch.autograd.Function):
@@ -161,12 +238,12 @@ class WalkBack(torch.autograd.Function):
         given = [i for i, t in enumerate(tensors) if t is not None]
 
         def function(*some):
-            every = [None] * len(tensors)
+            every: list[Any] = [None] * len(tensors)
             for i, t in zip(given, some, strict=True):
                 every[i] = t
-            *walked, reset_state, update_scale = every
+            dy, dh_n, h0, w_hh, y, gates, reset_state, update_scale = every
             return reference.gru_backward(
-                *walked, offsets, resets=resets, reset_state=reset_state,
+                dy, dh_n, h0, w_hh, y, gates, offsets, resets=resets, reset_state=reset_state,
                 update_scale=update_scale, **ctx.walk,
             )  # fmt: skip
 
@@ -225,22 +302,71 @@ def _vmap(
 def weight_gradients(dgh: Tensor, operand_rz: Tensor, operand_n: Tensor) -> tuple[Tensor, Tensor]:
     """dw_hh (D, 3H, H) and db_hh (D, 3H) from dgh (…, D, 3H), the gradients of the recurrent
     products, and what U_r, U_z and U_n were multiplied by, each (…, D, H)."""
-    H = operand_rz.shape[-1]
-    dgh = dgh.flatten(0, -3)  # (N, D, 3H)
-    # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU, which
-    # takes them step by step, so there the sum is one of short ones: not while a graph is traced,
-    # which must not depend on their number.
-    rows = 64 if type(dgh) is Tensor and dgh.device.type == "cpu" else dgh.shape[0]
-
-    def product(gradients: Tensor, operand: Tensor) -> Tensor:  # (D, …, H), summed over the rows
-        parts = zip(gradients.split(rows), operand.flatten(0, -3).split(rows), strict=True)
-        products = (torch.bmm(g.permute(1, 2, 0), o.transpose(0, 1)) for g, o in parts)
-        return functools.reduce(torch.add, products)
-
     if operand_n is operand_rz:
-        dw_hh = product(dgh, operand_rz)
+        dw_hh = _products((dgh, operand_rz))
     else:
-        dw_hh = torch.cat(
-            (product(dgh[..., : 2 * H], operand_rz), product(dgh[..., 2 * H :], operand_n)), dim=1
-        )
-    return dw_hh, dgh.sum(0)
+        H = operand_rz.shape[-1]
+        dgh_rz, dgh_n = dgh.split((2 * H, H), -1)
+        dw_hh = torch.cat((_products((dgh_rz, operand_rz)), _products((dgh_n, operand_n))), 1)
+    return dw_hh, _bias_gradients(dgh)
+
+
+def _weight_gradients_of_padded(
+    dgh: Tensor, y: Tensor, h0: Tensor, reset_gate: Tensor | None, *, bidirectional: bool,
+    reverse: bool, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same of padded sequences without resets, from y (T, B, D, H), h0 (D, B, H) and, in the
+    textbook form, r as y: the states before are y but for one step, and are not copied for it."""
+    H, B = y.shape[-1], y.shape[1]
+    h0 = h0.to(y.dtype).transpose(0, 1)  # (B, D, H)
+    # Steps are cut off by rows: of T − 1 a compiler would ask whether it is 1.
+    dgh, y = dgh.flatten(0, 1), y.flatten(0, 1)  # (N, D, …)
+    reset_gate = None if reset_gate is None else reset_gate.flatten(0, 1)
+    ways = []  # the recurrences by their direction
+    for way in range(1 + bidirectional):
+
+        def of_way(rows: Any, way: int = way) -> Any:  # (N, D, W) → (N, D / ways, W)
+            if rows is None or not bidirectional:
+                return rows
+            return rows.unflatten(-2, (-1, 2, heads))[..., way, :, :].flatten(-3, -2)
+
+        dgh_w, y_w, h0_w, r_w = map(of_way, (dgh, y, h0, reset_gate))
+        if way == 1 or reverse:
+            first, later, before = slice(y.shape[0] - B, None), slice(y.shape[0] - B), y_w[B:]
+        else:
+            first, later, before = slice(B), slice(B, None), y_w[: y.shape[0] - B]
+        if r_w is None:
+            ways.append(_products((dgh_w[first], h0_w), (dgh_w[later], before)))
+            continue
+        dgh_rz, dgh_n = dgh_w.split((2 * H, H), -1)
+        dw_rz = _products((dgh_rz[first], h0_w), (dgh_rz[later], before))
+        dw_n = _products((dgh_n[first], r_w[first] * h0_w), (dgh_n[later], r_w[later] * before))
+        ways.append(torch.cat((dw_rz, dw_n), 1))
+    if bidirectional:
+        dw_hh = torch.stack([w.unflatten(0, (-1, heads)) for w in ways], 1).flatten(0, 2)
+    else:
+        (dw_hh,) = ways
+    return dw_hh, _bias_gradients(dgh)
+
+
+def _products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """(D, G, H), from pairs of (…, D, G) and (…, D, H): their products, summed over all rows."""
+    total = None
+    for gradients, operand in pairs:
+        gradients, operand = gradients.flatten(0, -3), operand.flatten(0, -3)  # (N, D, …)
+        # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU,
+        # which takes them step by step, so there the sum is one of short ones: not while a graph is
+        # traced, which must not depend on their number.
+        eager_cpu = type(gradients) is Tensor and gradients.device.type == "cpu"
+        rows = 64 if eager_cpu else gradients.shape[0]
+        for g, o in zip(gradients.split(rows), operand.split(rows), strict=True):
+            g, o = g.permute(1, 2, 0), o.transpose(0, 1)  # (D, G, n), (D, n, H)
+            total = torch.bmm(g, o) if total is None else torch.baddbmm(total, g, o)
+    assert total is not None
+    return total
+
+
+def _bias_gradients(dgh: Tensor) -> Tensor:
+    """db_hh (D, 3H). A pass of its own: as a column of the products it would need a copy of the
+    operands with a column of ones, and by pieces it would be rounded once for each."""
+    return dgh.flatten(0, -3).sum(0)

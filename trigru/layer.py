@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from . import onnx, ops
+from .derivatives import forward_mode
 
 
 class TriGRU(nn.RNNBase):
@@ -46,6 +47,11 @@ class TriGRU(nn.RNNBase):
             the state of a reset, and hx where it is left out.
         clip: h' is limited to ± this before anything uses it (LFADS), with no gradient where it
             gets there; None for no limit.
+        save: what a layer keeps for its backward: "gates", its input, y and 3 or 4 activations of
+            y's size (textbook or torch form); or "state", its input and y alone. The backward then
+            makes the others again, by products over all steps at once. Compiled functions, traces
+            and torch.func take the ordinary way: a compiler chooses itself what it keeps. Where no
+            kernel runs, PyTorch's own GRU, which keeps more, gives way to a slower loop.
 
     Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch, or a PackedSequence;
     and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if
@@ -75,6 +81,7 @@ class TriGRU(nn.RNNBase):
     heads: int = 1
     learn_reset: bool = False
     clip: float | None = None
+    save: str = "gates"
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class TriGRU(nn.RNNBase):
         heads: int = 1,
         learn_reset: bool = False,
         clip: float | None = None,
+        save: str = "gates",
         **kwargs: Any,
     ) -> None:
         if "proj_size" in kwargs:
@@ -103,11 +111,14 @@ class TriGRU(nn.RNNBase):
         if heads < 1 or (isinstance(hidden_size, int) and hidden_size % heads):
             raise ValueError(f"heads must divide hidden_size {hidden_size}, got {heads}")
         ops.check_clip(clip)
+        if save not in ("gates", "state"):
+            raise ValueError(f"save must be 'gates' or 'state', got {save!r}")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, **kwargs,
         )  # fmt: skip
         self.variant, self.heads, self.learn_reset, self.clip = variant, heads, learn_reset, clip
+        self.save = save
         if heads > 1:
             for name in [n for n in self._flat_weights_names if n.startswith("weight_hh")]:
                 weight = getattr(self, name)
@@ -116,7 +127,8 @@ class TriGRU(nn.RNNBase):
                 self._reset_blocks(blocks)
         if learn_reset:
             count = num_layers * (2 if bidirectional else 1)
-            self.reset_state = nn.Parameter(self.weight_hh_l0.new_zeros(count, hidden_size))
+            zeros = torch.zeros(count, hidden_size, device=device, dtype=dtype)
+            self.reset_state = nn.Parameter(zeros)
         if variant == "textbook" and bias:
             for name in [n for n in self._flat_weights_names if n.startswith("bias_hh")]:
                 delattr(self, name)
@@ -145,7 +157,11 @@ class TriGRU(nn.RNNBase):
     def _flat_weights(self) -> list[Any]:
         """The weights of now, as torch.gru takes them. nn.RNNBase keeps a list, and finds by weak
         references whether it is still right: compiled, it fails where one has died meanwhile."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        parameters = self._parameters  # where most are, quickly found
+        return [
+            parameters[name] if name in parameters else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
@@ -157,7 +173,7 @@ class TriGRU(nn.RNNBase):
     def extra_repr(self) -> str:
         given = {
             name: getattr(self, name)
-            for name in ("variant", "heads", "learn_reset", "clip")
+            for name in ("variant", "heads", "learn_reset", "clip", "save")
             if getattr(self, name) != getattr(TriGRU, name)
         }
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in given.items())
@@ -184,7 +200,7 @@ class TriGRU(nn.RNNBase):
                 f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
             )
         batch_dim = 0 if self.batch_first else 1
-        modifiers = self._modifiers(input, resets, update_scale)
+        modifiers: tuple[Any, ...] = self._modifiers(input, resets, update_scale)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
@@ -194,6 +210,77 @@ class TriGRU(nn.RNNBase):
         if not batched:
             output, h_n = output.squeeze(batch_dim), h_n.squeeze(1)
         return output, h_n
+
+    def step(self, x_t: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of all layers with the least work on the host, for control loops and samplers.
+
+        x_t is (B, I), or (I,) without a batch; hx as the layer's, (layers, B, H) or (layers, H), 0
+        or the reset state if left out. Returns the output (B, H) or (H,), and hx for the next step.
+        It is what the layer computes for a sequence of one step, dropout, autocast and gradients
+        included; no hooks run. Where an episode begins, its part of hx is the caller's to reset:
+        `hx.masked_fill(begins.unsqueeze(-1), 0)`. In 16 bits each step rounds the state. The torch
+        form without heads and clip is `torch.gru_cell`'s, on CUDA, too.
+
+        On CUDA such a call is the host's work above all. A graph does without that, over tensors
+        that stay where they are::
+
+            x, hx = torch.zeros(B, I, device="cuda"), torch.zeros(layers, B, H, device="cuda")
+            graph = torch.cuda.CUDAGraph()
+            with torch.no_grad():
+                layer.step(x, hx)  # what only the first call makes cannot be in a graph
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    y, h_n = layer.step(x, hx)
+                    hx.copy_(h_n)
+            x.copy_(observation)
+            graph.replay()  # y is the output, hx the state after it
+
+        Raises ValueError for a bidirectional layer and for an x_t of other dimensions; else what
+        the layer raises."""
+        if self.bidirectional:
+            raise ValueError(
+                "a bidirectional layer has no steps: its second direction begins at the end of the "
+                "sequence"
+            )
+        batched = x_t.dim() == 2
+        if not batched and x_t.dim() != 1:
+            raise ValueError(f"GRU: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
+        output: Any
+        if not batched and (hx is None or hx.dim() == 2):
+            output, h_n = self.step(x_t.unsqueeze(0), None if hx is None else hx.unsqueeze(1))
+            return output.squeeze(0), h_n.squeeze(1)
+        if hx is None:
+            shape = self.num_layers, len(x_t), self.hidden_size
+            zeros = not self.learn_reset
+            hx = x_t.new_zeros(shape) if zeros else self.reset_state.unsqueeze(1).expand(shape)
+        if batched and self._is_of_cells(x_t, hx):
+            return self._step_of_cells(x_t, hx)
+        time = 1 if batched and self.batch_first else 0
+        output, h_n = self.forward(x_t.unsqueeze(time), hx)  # which says what may be wrong
+        return output.squeeze(time), h_n
+
+    def _is_of_cells(self, x: Tensor, hx: Tensor) -> bool:
+        """Whether a step from x (B, I) is `torch.gru_cell`'s in each layer. That of CUDA knows no
+        compiler, no vmap and no forward-mode AD. (Beside a cell's time each call here is seen.)"""
+        return (
+            hx.shape == (self.num_layers, x.shape[0], self.hidden_size)
+            and self.variant == "torch"
+            and self.heads == 1
+            and self.clip is None
+            and not (torch.compiler.is_compiling() or ops.transformed() or forward_mode())
+            and not ops.autocasts(x.device.type)
+        )
+
+    def _step_of_cells(self, x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+        weights, kinds = self._flat_weights, len(self._all_weights[0])
+        states = []
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout:
+                x = F.dropout(x, self.dropout, self.training)
+            of_layer = weights[layer * kinds : (layer + 1) * kinds]
+            x = torch.gru_cell(x, hx[layer], *of_layer)
+            states.append(x)
+        return x, torch.stack(states)
 
     def _modifiers(self, input: Tensor, resets: Any, update_scale: Any) -> tuple[Any, Any]:
         """resets and update_scale as `ops.recurrence` takes them, but laid out as the input is."""
@@ -310,11 +397,14 @@ class TriGRU(nn.RNNBase):
                 "variant, resets, update_scale, clip nor heads: take "
                 "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
             )
+        lean = self.save == "state" and ops.keeps_a_graph(
+            input, hx, reset_state, update_scale, *weights
+        )
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
         if per_sample or (
             plain
-            and not (textbook or torch.compiler.is_compiling() or ops.transformed())
+            and not (lean or textbook or torch.compiler.is_compiling() or ops.transformed())
             and ops.why_no_kernel(input.device, dtype, self.hidden_size // heads, textbook)
         ):
             if not per_sample:
@@ -351,8 +441,9 @@ class TriGRU(nn.RNNBase):
                 hx = hx.reshape(len(hx), B, self.hidden_size)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, …)
-            x, resets, update_scale = (
-                None if t is None else t.transpose(0, 1) for t in (input, resets, update_scale)
+            x = input.transpose(0, 1)
+            resets, update_scale = (
+                None if t is None else t.transpose(0, 1) for t in (resets, update_scale)
             )
         D = 2 if self.bidirectional else 1
         h_n = []
@@ -374,10 +465,13 @@ class TriGRU(nn.RNNBase):
                 w_hh = w_hh.flatten(0, 1)
                 h0 = h0.unflatten(-1, (heads, -1)).movedim(2, 1).flatten(0, 1)
                 reset = None if reset is None else reset.reshape(D * heads, -1)
-            gx = F.linear(x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
+            made_of = x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten()
+            with torch.no_grad() if lean else nullcontext():
+                gx = F.linear(*made_of)
             y, h = ops.recurrence(
                 gx.unflatten(-1, (D * heads, -1)), h0, w_hh, b_hh, offsets, resets, reset,
                 update_scale, textbook=textbook, heads=heads, clip=self.clip,
+                made_of=made_of if lean else None,
             )  # fmt: skip
             x = y.flatten(-2)
             if heads > 1:  # (D, B, H)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onnx, reference
-from .derivatives import Recurrence, forward_mode
+from .derivatives import LeanRecurrence, Recurrence, forward_mode
 from .launch import is_exact
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
@@ -229,11 +229,15 @@ def recurrence(
     reverse: bool = False,
     heads: int = 1,
     clip: float | None = None,
+    made_of: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All recurrences of a layer, `heads` of each direction: gx (T, B, D, 3H), h0 (D, B, H), w_hh
     (D, 3H, H), b_hh (D, 3H) → y (T, B, D, H), h_n (D, B, H). With D = 2 heads those of the second
     direction run backwards in time. Packed, gx is (N, D, 3H) and y (N, D, H), and offsets (T + 1,),
-    int64, tell the steps apart. All else is as in `reference`."""
+    int64, tell the steps apart. All else is as in `reference`.
+
+    made_of: x, w_ih and b_ih whose F.linear gx is, which then has no gradient itself: for the
+    backward they and y are kept, not the gates. Outside of graphs and torch.func only."""
     gx, h0, w_hh, b_hh, reset_state, update_scale = autocast(
         gx, h0, w_hh, b_hh, reset_state, update_scale
     )
@@ -275,6 +279,11 @@ def recurrence(
             update_scale=update_scale, clip=clip, save=False,
         )  # fmt: skip
         return y, h_n
+    if made_of is not None:
+        return LeanRecurrence.apply(
+            *made_of, gx, h0, w_hh, b_hh, offsets, resets, reset_state, update_scale, textbook,
+            reverse, bidirectional, heads, clip,
+        )  # fmt: skip
     save = (
         torch.is_grad_enabled()
         and not tracing  # the graph must be the same with and without gradients
@@ -288,16 +297,30 @@ def recurrence(
     return y, h_n
 
 
+def keeps_a_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd itself, no compiler, tracer or transform, will want a backward of these."""
+    return (
+        torch.is_grad_enabled()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (transformed() or forward_mode())
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
 def transformed() -> bool:
     """Whether a transform of `torch.func` is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are.
     As elsewhere in PyTorch, autocast leaves float64 alone."""
     device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [

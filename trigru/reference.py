@@ -161,6 +161,35 @@ def gru_forward(
     )
 
 
+def gates_of(
+    gx: Tensor, before: Tensor, w_hh: Tensor, b_hh: Tensor | None, *, textbook: bool
+) -> Tensor:
+    """The gates that `gru_forward` saves, of all steps at once: from gx (…, D, 3H) and the states
+    before (…, D, H)."""
+    H = before.shape[-1]
+    u_rz, u_n = w_hh.split((2 * H, H), 1)
+    gx_rz, gx_n = gx.split((2 * H, H), -1)
+    b_n = gx.new_zeros(len(w_hh), H)
+    if b_hh is not None:
+        b_rz, b_n = b_hh.split((2 * H, H), -1)
+        gx_rz = gx_rz + b_rz
+    rz = torch.sigmoid(_add_products(gx_rz, before, u_rz))
+    r = rz[..., :H]
+    if textbook:
+        n = torch.tanh(_add_products(gx_n + b_n, r * before, u_n))
+        return torch.cat((rz, n), -1).unflatten(-1, (3, H))
+    gh_n = _add_products(b_n.expand_as(gx_n), before, u_n)
+    n = torch.tanh(gx_n + r * gh_n)
+    return torch.cat((rz, n, gh_n), -1).unflatten(-1, (4, H))
+
+
+def _add_products(to: Tensor, states: Tensor, u: Tensor) -> Tensor:
+    """to (…, D, G) plus each of the states (…, D, H) times its u (D, G, H)."""
+    to, rows = (t.flatten(0, -3).transpose(0, 1) for t in (to, states))  # (D, N, …)
+    sums = torch.baddbmm(to, rows, u.transpose(1, 2))
+    return sums.transpose(0, 1).unflatten(0, states.shape[:-2])
+
+
 def _in_rows(tensor: Any, offsets: Tensor | None) -> Any:
     """(T, B, …) as the (N, …) that it is when packed."""
     return tensor if tensor is None or offsets is not None else tensor.flatten(0, 1)
@@ -250,7 +279,7 @@ def gru_backward(
             if offsets is not None:
                 dh = torch.cat((dh, waiting))
         walked.append((torch.cat(dgx_d), torch.cat(dgh_d), dh, dreset_state, torch.cat(dscale_d)))
-    dgx, dgh, dh0, dreset_state, dscale = zip(*walked, strict=True)
+    dgx, dgh, dh0, dreset_states, dscale = zip(*walked, strict=True)
 
     def rows(columns: tuple[Tensor, ...]) -> Tensor:
         return torch.stack(columns, 1).unflatten(0, shape)
@@ -259,6 +288,6 @@ def gru_backward(
         rows(dgx),
         y.new_empty(0) if textbook else rows(dgh),
         torch.stack(dh0).to(h0.dtype),
-        y.new_empty(0) if reset_state is None else torch.stack(dreset_state),
+        y.new_empty(0) if reset_state is None else torch.stack(dreset_states),
         y.new_empty(0) if update_scale is None else rows(dscale),
     )
