@@ -161,12 +161,12 @@ class WalkBack(torch.autograd.Function):
         given = [i for i, t in enumerate(tensors) if t is not None]
 
         def function(*some):
-            every = [None] * len(tensors)
+            every: list[Any] = [None] * len(tensors)
             for i, t in zip(given, some, strict=True):
                 every[i] = t
-            *walked, reset_state, update_scale = every
+            dy, dh_n, h0, w_hh, y, gates, reset_state, update_scale = every
             return reference.gru_backward(
-                *walked, offsets, resets=resets, reset_state=reset_state,
+                dy, dh_n, h0, w_hh, y, gates, offsets, resets=resets, reset_state=reset_state,
                 update_scale=update_scale, **ctx.walk,
             )  # fmt: skip
 

@@ -102,6 +102,8 @@ class TriGRU(nn.RNNBase):
             raise TypeError(f"heads must be an int, got {type(heads).__name__}")
         if heads < 1 or (isinstance(hidden_size, int) and hidden_size % heads):
             raise ValueError(f"heads must divide hidden_size {hidden_size}, got {heads}")
+        if not isinstance(learn_reset, bool):
+            raise TypeError(f"learn_reset must be a bool, got {type(learn_reset).__name__}")
         ops.check_clip(clip)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
@@ -116,7 +118,7 @@ class TriGRU(nn.RNNBase):
                 self._reset_blocks(blocks)
         if learn_reset:
             count = num_layers * (2 if bidirectional else 1)
-            self.reset_state = nn.Parameter(self.weight_hh_l0.new_zeros(count, hidden_size))
+            self.reset_state = nn.Parameter(self._flat_weights[0].new_zeros(count, hidden_size))
         if variant == "textbook" and bias:
             for name in [n for n in self._flat_weights_names if n.startswith("bias_hh")]:
                 delattr(self, name)
@@ -184,7 +186,7 @@ class TriGRU(nn.RNNBase):
                 f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
             )
         batch_dim = 0 if self.batch_first else 1
-        modifiers = self._modifiers(input, resets, update_scale)
+        modifiers: Any = self._modifiers(input, resets, update_scale)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
@@ -307,7 +309,7 @@ class TriGRU(nn.RNNBase):
         if per_sample and (textbook or heads > 1 or self.learn_reset or not plain):
             raise NotImplementedError(
                 "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook "
-                "variant, resets, update_scale, clip nor heads: take "
+                "variant, heads, a learned reset state, resets, update_scale nor clip: take "
                 "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
             )
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
@@ -328,6 +330,10 @@ class TriGRU(nn.RNNBase):
                 return torch.gru(input, batch_sizes, hx, weights, *how)
 
         self._check_tensors(input, hx, weights, batch_sizes)
+        if update_scale is not None and update_scale.dtype != input.dtype:
+            raise TypeError(
+                f"update_scale must be of {input.dtype}, as the input is, got {update_scale.dtype}"
+            )
         if onnx.exporting():
             if not plain:
                 raise NotImplementedError(
@@ -351,9 +357,9 @@ class TriGRU(nn.RNNBase):
                 hx = hx.reshape(len(hx), B, self.hidden_size)  # type: ignore[call-overload]
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, …)
-            x, resets, update_scale = (
-                None if t is None else t.transpose(0, 1) for t in (input, resets, update_scale)
-            )
+            x = input.transpose(0, 1)
+            resets = None if resets is None else resets.transpose(0, 1)
+            update_scale = None if update_scale is None else update_scale.transpose(0, 1)
         D = 2 if self.bidirectional else 1
         h_n = []
         for layer in range(self.num_layers):
