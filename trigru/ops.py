@@ -290,7 +290,8 @@ def recurrence(
     save = (
         torch.is_grad_enabled()
         and not tracing  # the graph must be the same with and without gradients
-        and (transformed() or any(t.requires_grad for t in tensors.values()))  # seen at one level only
+        # Under a transform it is seen at one level only.
+        and (transformed() or any(t.requires_grad for t in tensors.values()))
     )
     function = torch.ops.trigru.forward if compiling or tracing else Recurrence.apply
     y, h_n, _ = function(
