@@ -1,13 +1,18 @@
 """What a sequence may have besides its steps: resets, update_scale, clip, heads, and documents back
 to back. Beside sequences that are really cut, a loop by hand, and published equations."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 from layers import (
     ALL_SETTINGS,
+    BF16,
     F64,
+    FP16,
+    FP32,
     IN,
     KINDS,
     SETTINGS,
@@ -16,11 +21,15 @@ from layers import (
     H,
     by_hand,
     data_of,
+    in_double,
     make_hx,
     results,
 )
-from torch.func import functional_call
-from torch.nn.utils.rnn import pack_sequence
+from numerics import assert_within_rule
+from torch import fx, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing import assert_close
 
 from trigru import TriGRU, gru, ops, resets_from_cu_seqlens
@@ -535,3 +544,594 @@ def test_each_document_is_computed_alone(variant, batch_first, settings, documen
 def test_what_are_no_cu_seqlens(cu_seqlens, error, text):
     with pytest.raises(error, match=text):
         resets_from_cu_seqlens(cu_seqlens, 9)
+
+
+# Whatever calls the layer
+
+
+EVERYTHING = {"heads": 2, "learn_reset": True, "clip": 0.5}
+
+
+def modifiers(*lead):
+    """resets of two directions and update_scale for x (*lead, I)."""
+    return {
+        "resets": torch.rand(*lead, 2) < 0.4,
+        "update_scale": 2 * torch.rand(*lead, H, dtype=F64),
+    }
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@VARIANT
+def test_compiled(fresh_dynamo, variant):
+    """In one graph, of which the resets and scales are data."""
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    stance = "default"
+    for _ in range(2):
+        given = modifiers(T, B)
+        x, hx = torch.randn(T, B, IN, dtype=F64), make_hx(layer, B)
+        with torch.compiler.set_stance(stance):
+            actual = results(lambda x, hx, g=given: compiled(x, hx, **g), layer, x, hx)
+        assert_close(actual, results(lambda x, hx, g=given: layer(x, hx, **g), layer, x, hx))
+        stance = "fail_on_recompile"
+
+
+def test_compiled_documents(fresh_dynamo):
+    """From the places where they begin to the last state, in one graph; wrong places are found."""
+    layer = drawn(bidirectional=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, cu_seqlens):
+        resets = resets_from_cu_seqlens(cu_seqlens, len(x), bidirectional=True)
+        return layer(x, resets=resets)
+
+    x = torch.randn(9, IN, dtype=F64)
+    stance = "default"
+    for documents in ([0, 3, 5, 9], [0, 0, 8, 9]):
+        cu_seqlens = torch.tensor(documents)
+        resets = resets_from_cu_seqlens(cu_seqlens, 9, bidirectional=True)
+        with torch.compiler.set_stance(stance):
+            assert_close(compiled(x, cu_seqlens), layer(x, resets=resets))
+        stance = "fail_on_recompile"
+    with pytest.raises(RuntimeError, match="cu_seqlens must begin with 0, never decrease and end"):
+        compiled(x, torch.tensor([0, 5, 3, 9]))
+    with torch.compiler.set_stance("default"):  # another T, which is a symbol from now on
+        cu_seqlens = torch.tensor([0, 2, 2, 7])
+        resets = resets_from_cu_seqlens(cu_seqlens, 7, bidirectional=True)
+        assert_close(compiled(x[:7], cu_seqlens), layer(x[:7], resets=resets))
+
+
+@VARIANT
+def test_autocast(variant):
+    """At a size at which the largest error over a tensor is more than luck; without a clip, which
+    lets the gradient of a state pass or not, as its last bit is."""
+    layer = TriGRU(24, 24, bidirectional=True, variant=variant, heads=2, learn_reset=True)
+    torch.nn.init.normal_(layer.reset_state)
+    x, hx = torch.randn(5, 20, 24), make_hx(layer, 20)
+    resets, update_scale = torch.rand(5, 20, 2) < 0.3, torch.rand(5, 20, 24)
+    given = {"resets": resets, "update_scale": update_scale}
+
+    def under_autocast(x, hx):
+        with torch.autocast("cpu", BF16):
+            y, h_n = layer(x, hx, **given)
+        assert y.dtype == h_n.dtype == BF16
+        return y, h_n
+
+    def hand(layer, dtype):
+        def function(x, hx):
+            weights = {name: p.to(dtype) for name, p in layer.named_parameters()}
+            scale = update_scale.to(dtype)
+            return by_hand(
+                layer, weights, x.to(dtype), hx.to(dtype), resets=resets, update_scale=scale
+            )
+
+        return function
+
+    double, *doubles = in_double(layer, x, hx)
+    exact = results(hand(double, F64), double, *doubles)
+    yardstick = results(hand(layer, BF16), layer, x, hx)
+    actual = results(under_autocast, layer, x, hx)
+    assert all(t.dtype == torch.float32 for name, t in actual.items() if name[0] in "dwbr")
+    actual, yardstick = ({k: v.to(BF16) for k, v in r.items()} for r in (actual, yardstick))
+    assert_within_rule(actual, exact, yardstick)
+
+
+@VARIANT
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_a_limit_of_the_tensors_dtype(variant, dtype):
+    """0.3 is none of its numbers: the limit is the nearest, and no gradient passes there."""
+    layer = TriGRU(IN, H, variant=variant, clip=0.3, dtype=dtype)
+    x = (10 * torch.randn(T, B, IN)).to(dtype).requires_grad_()
+    y, _ = layer(x)
+    limit = torch.tensor(0.3, dtype=dtype)
+    at_limit = y.abs() == limit
+    assert y.abs().max() == limit and 0 < at_limit.sum() < y.numel()
+    (dx,) = torch.autograd.grad((y * at_limit).sum(), x)
+    assert not dx.any()
+
+
+class Case:
+    """A layer with everything, as a function (weights, x, hx, resets, update_scale) in two ways."""
+
+    def __init__(self, variant):
+        self.layers = [
+            TriGRU(2, 4, **STACK, **EVERYTHING, variant=variant, dtype=F64) for _ in range(3)
+        ]
+        for layer in self.layers:
+            torch.nn.init.normal_(layer.reset_state)
+        self.layer = self.layers[0]
+        self.w = {name: p.detach() for name, p in self.layer.named_parameters()}
+        self.ws = {name: p.detach() for name, p in stack_module_state(self.layers)[0].items()}
+        self.x, self.hx = torch.randn(3, 2, 2, dtype=F64), torch.randn(4, 2, 4, dtype=F64)
+        self.resets, self.scale = torch.rand(3, 2, 2) < 0.4, torch.rand(3, 2, 4, dtype=F64)
+        self.xs, self.scales = torch.randn(3, 3, 2, 2, dtype=F64), torch.rand(3, 3, 2, 4, dtype=F64)
+        self.masks = torch.rand(3, 3, 2, 2) < 0.4
+        self.start = torch.randn(3, 4, 4, dtype=F64)
+
+    def ours(self, w, x, hx, resets, scale):
+        return functional_call(self.layer, w, (x, hx), {"resets": resets, "update_scale": scale})
+
+    def theirs(self, w, x, hx, resets, scale):
+        return by_hand(self.layer, w, x, hx, resets=resets, update_scale=scale)
+
+
+def loss(f):
+    def function(*args):
+        y, h_n = f(*args)
+        return y.square().sum() + h_n.sin().sum()
+
+    return function
+
+
+TRANSFORMS = {
+    "vmap of x and resets": lambda f, c: vmap(f, (None, 0, None, 0, None))(
+        c.w, c.xs, c.hx, c.masks, c.scale
+    ),
+    "vmap of resets": lambda f, c: vmap(f, (None, None, None, 2, None))(
+        c.w, c.x, c.hx, c.masks.movedim(0, 2), c.scale
+    ),
+    "vmap of update_scale": lambda f, c: vmap(f, (None, None, None, None, 1))(
+        c.w, c.x, c.hx, c.resets, c.scales.movedim(0, 1)
+    ),
+    "vmap of reset_state": lambda f, c: vmap(
+        lambda s: f(c.w | {"reset_state": s}, c.x, c.hx, c.resets, c.scale)
+    )(c.start),
+    "an ensemble": lambda f, c: vmap(f, (0, 0, None, 0, 0))(c.ws, c.xs, c.hx, c.masks, c.scales),
+    "an ensemble without hx": lambda f, c: vmap(lambda w, r: f(w, c.x, None, r, c.scale))(
+        c.ws, c.masks
+    ),
+    "an ensemble of one mask": lambda f, c: vmap(f, (0, None, None, None, None))(
+        c.ws, c.x, c.hx, c.resets, c.scale
+    ),
+    "gradients of a sample": lambda f, c: vmap(grad(loss(f)), (None, 0, None, 0, 0))(
+        c.w, c.xs, c.hx, c.masks, c.scales
+    ),
+    "gradients of a member": lambda f, c: vmap(grad(loss(f), (0, 4)), (0, None, None, 0, None))(
+        c.ws, c.x, c.hx, c.masks, c.scale
+    ),
+    "gradient of gradient": lambda f, c: grad(
+        lambda s: grad(loss(f), 4)(c.w, c.x, c.hx, c.resets, s).square().sum()
+    )(c.scale),
+    "jvp": lambda f, c: jvp(
+        lambda w, x, s: f(w, x, c.hx, c.resets, s), (c.w, c.x, c.scale), (c.w, c.xs[0], c.scale)
+    ),
+    "jacrev": lambda f, c: jacrev(f, (2, 4))(c.w, c.x, c.hx, c.resets, c.scale),
+    "hessian": lambda f, c: hessian(
+        lambda s: loss(f)(c.w | {"reset_state": s}, c.x, c.hx, c.resets, c.scale)
+    )(c.w["reset_state"]),
+}
+
+
+@VARIANT
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(variant, transform):
+    case = Case(variant)
+    actual, exact = (TRANSFORMS[transform](f, case) for f in (case.ours, case.theirs))
+    assert_close(actual, exact)
+
+
+@VARIANT
+def test_transforms_of_packed_sequences(variant):
+    """Rows and their resets together, beside one after the other."""
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    packed = pack_sequence(rows_of(torch.randn(T, B, IN, dtype=F64), ENDS), enforce_sorted=False)
+    N = len(packed.data)
+    datas, given = torch.randn(3, N, IN, dtype=F64), modifiers(3, N)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def call(weights, data, resets, update_scale):
+        given = {"resets": resets, "update_scale": update_scale}
+        output, h_n = functional_call(layer, weights, (packed._replace(data=data),), given)
+        return output.data.square().sum() + h_n.sin().sum()
+
+    each = datas, given["resets"], given["update_scale"]
+    for function in (call, grad(call), grad(call, 3)):
+        actual = vmap(function, (None, 0, 0, 0))(weights, *each)
+        exact = [function(weights, *one) for one in zip(*each, strict=True)]
+        assert_close(actual, torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *exact))
+
+
+@VARIANT
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(fresh_dynamo, variant, strict):
+    """What is exported takes other resets, and any T and B."""
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    steps, count = torch.export.Dim("steps"), torch.export.Dim("count")
+    dims = {name: {0: steps, 1: count} for name in ("input", "resets", "update_scale")}
+    program = torch.export.export(
+        layer, (torch.randn(T, B, IN, dtype=F64),), modifiers(T, B), dynamic_shapes=dims,
+        strict=strict,
+    )  # fmt: skip
+    for sizes in ((T, B), (7, 3)):
+        x, given = torch.randn(*sizes, IN, dtype=F64), modifiers(*sizes)
+        assert_close(program.module()(x, **given), layer(x, **given))
+
+
+class Traced(nn.Module):
+    """A layer by position, as torch.jit.trace calls it."""
+
+    def __init__(self, layer, batch_sizes=False):
+        super().__init__()
+        self.layer, self.batch_sizes = layer, batch_sizes
+
+    def forward(self, x, resets, update_scale, batch_sizes=None):
+        given = {"resets": resets, "update_scale": update_scale}
+        if batch_sizes is None:
+            return self.layer(x, **given)
+        output, h_n = self.layer(PackedSequence(x, batch_sizes), **given)
+        return output.data, h_n
+
+
+@VARIANT
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced(variant, batch_first):
+    """As with torch.export, and gradients through what was traced."""
+    layer = drawn(**STACK, **EVERYTHING, variant=variant, batch_first=batch_first)
+    model = Traced(layer)
+
+    def case(*lead):
+        return torch.randn(*lead, IN, dtype=F64), *modifiers(*lead).values()
+
+    traced = torch.jit.trace(model, case(T, B))
+    for lead in ((T, B), (7, 3), (1, 1)):
+        x, resets, update_scale = case(*lead)
+        actual, exact = (
+            results(lambda x, hx, f=f, r=resets, s=update_scale: f(x, r, s), f, x)
+            for f in (traced, model)
+        )
+        assert_close(actual, exact)
+    traced = torch.jit.trace(model, case(T))
+    assert_close(traced(*(unbatched := case(7))), model(*unbatched))
+    traced = torch.jit.trace(model, (*case(5), torch.tensor([3, 2])))
+    packed = *case(7), torch.tensor([4, 2, 1])
+    assert_close(traced(*packed), model(*packed))
+
+
+@VARIANT
+def test_a_leaf_of_torch_fx(variant):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = drawn(**STACK, **EVERYTHING, variant=variant)
+
+        def forward(self, x, done, attention):
+            y, h_n = self.gru(x, resets=done > 0, update_scale=attention)
+            return y.sum(-1), h_n
+
+    model = Model()
+    traced = fx.symbolic_trace(model)
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    assert [set(call.kwargs) for call in calls] == [{"resets", "update_scale"}]
+    x, done = torch.randn(T, B, IN, dtype=F64), (torch.rand(T, B) < 0.3).float()
+    attention = torch.rand(T, B, dtype=F64)
+    assert_close(traced(x, done, attention), model(x, done, attention))
+
+
+# As any other module
+
+
+def test_parameters():
+    layer = TriGRU(IN, H, **STACK, heads=3, learn_reset=True)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    names = [name for name, _ in nn.GRU(IN, H, **STACK).named_parameters()]
+    assert list(shapes) == [*names, "reset_state"]
+    width = H // 3
+    for name, shape in shapes.items():
+        if name.startswith("weight_hh"):
+            assert shape == (3, 3 * width, width)
+    assert shapes["weight_ih_l1"] == (3 * H, 2 * H) and shapes["reset_state"] == (4, H)
+    assert not layer.reset_state.any()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(7)
+    layer.reset_parameters()
+    assert not layer.reset_state.any()
+    for name, p in layer.named_parameters():  # U's blocks as those of a GRU of their size
+        limit = width**-0.5 if name.startswith("weight_hh") else H**-0.5
+        if name != "reset_state":
+            assert 0.8 * limit < p.abs().max() <= limit, name
+
+
+def test_repr():
+    assert repr(TriGRU(IN, H, **EVERYTHING)) == (
+        f"TriGRU({IN}, {H}, heads=2, learn_reset=True, clip=0.5)"
+    )
+    assert repr(TriGRU(IN, H)) == f"TriGRU({IN}, {H})"
+
+
+@VARIANT
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies(variant, make):
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    other = make(layer)
+    assert repr(other) == repr(layer)
+    x, hx, given = torch.randn(T, B, IN, dtype=F64), make_hx(layer, B), modifiers(T, B)
+    actual, exact = (
+        results(lambda x, hx, f=f: f(x, hx, **given), f, x, hx) for f in (other, layer)
+    )
+    assert_close(actual, exact, rtol=0, atol=0)
+    with torch.no_grad():
+        other.reset_state.zero_()
+    assert layer.reset_state.all()
+
+
+@VARIANT
+def test_checkpoints(variant):
+    source, target = (drawn(**STACK, **EVERYTHING, variant=variant) for _ in range(2))
+    assert target.load_state_dict(source.state_dict()) == ([], [])
+    assert_close(dict(target.named_parameters()), dict(source.named_parameters()), rtol=0, atol=0)
+    x, given = torch.randn(T, B, IN, dtype=F64), modifiers(T, B)
+    assert_close(target(x, **given), source(x, **given), rtol=0, atol=0)
+    for settings, text in (
+        ({"learn_reset": True}, "size mismatch for weight_hh_l0"),
+        ({"heads": 3, "learn_reset": True}, "size mismatch for weight_hh_l0"),
+        ({"heads": 2}, r'Unexpected key\(s\) in state_dict: "reset_state"'),
+    ):
+        other = TriGRU(IN, H, **STACK, **settings, variant=variant, dtype=F64)
+        with pytest.raises(RuntimeError, match=text):
+            other.load_state_dict(source.state_dict())
+    plain = TriGRU(IN, H, **STACK, heads=2, variant=variant, dtype=F64)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "reset_state"'):
+        source.load_state_dict(plain.state_dict())
+
+
+def test_from_the_meta_device():
+    source = drawn(**STACK, **EVERYTHING)
+    layer = TriGRU(IN, H, **STACK, **EVERYTHING, dtype=F64, device="meta")
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x, given = torch.randn(T, B, IN, dtype=F64), modifiers(T, B)
+    assert_close(layer(x, **given), source(x, **given), rtol=0, atol=0)
+    given = {name: each.to("meta") for name, each in given.items()}
+    y, h_n = layer.to("meta")(x.to("meta"), **given)
+    assert y.is_meta and (y.shape, h_n.shape) == ((T, B, 2 * H), (4, B, H))
+
+
+def test_a_layer_of_an_older_file():
+    """From before there were heads, reset states and clips."""
+    layer = drawn(**STACK)
+    state = layer.__getstate__()
+    for name in ("heads", "learn_reset", "clip"):
+        del state[name]
+    old = TriGRU.__new__(TriGRU)
+    old.__setstate__(pickle.loads(pickle.dumps(state)))
+    assert repr(old) == repr(layer)
+    x, given = torch.randn(T, B, IN, dtype=F64), modifiers(T, B)
+    assert_close(old(x), layer(x), rtol=0, atol=0)
+    assert_close(old(x, **given), layer(x, **given), rtol=0, atol=0)
+    old.reset_parameters()
+    old.to_torch()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "settings, error, text",
+    [
+        ({"heads": 4}, ValueError, r"heads must divide hidden_size 6, got 4"),
+        ({"heads": 0}, ValueError, r"heads must divide hidden_size 6, got 0"),
+        ({"heads": -2}, ValueError, r"heads must divide hidden_size 6, got -2"),
+        ({"heads": 7}, ValueError, r"heads must divide hidden_size 6, got 7"),
+        ({"heads": 2.0}, TypeError, r"heads must be an int, got float"),
+        ({"heads": True}, TypeError, r"heads must be an int, got bool"),
+        ({"heads": "2"}, TypeError, r"heads must be an int, got str"),
+        ({"heads": None}, TypeError, r"heads must be an int, got NoneType"),
+        ({"learn_reset": 1}, TypeError, r"learn_reset must be a bool, got int"),
+        ({"learn_reset": None}, TypeError, r"learn_reset must be a bool, got NoneType"),
+        ({"clip": 0}, ValueError, r"clip must be above 0, got 0"),
+        ({"clip": -0.5}, ValueError, r"clip must be above 0, got -0.5"),
+        ({"clip": float("nan")}, ValueError, r"clip must be above 0, got nan"),
+        ({"clip": True}, TypeError, r"clip must be a number or None, got bool"),
+        ({"clip": "1"}, TypeError, r"clip must be a number or None, got str"),
+        ({"clip": torch.tensor(1.0)}, TypeError, r"clip must be a number or None, got Tensor"),
+    ],
+    ids=str,
+)
+@VARIANT
+def test_bad_settings(variant, settings, error, text):
+    with pytest.raises(error, match=text):
+        TriGRU(IN, H, variant=variant, **settings)
+
+
+def bools(*shape, **how):
+    return torch.zeros(shape, dtype=torch.bool, **how)
+
+
+def packed_as(sizes, *shape, **how):
+    return PackedSequence(bools(sum(sizes), *shape), torch.tensor(sizes), **how)
+
+
+SHAPE = r"must have shape \(4, 3\)"
+BAD_MODIFIERS = {  # what the layer is, its input, what is given, and what is said
+    "resets of no dimension": ({}, (4, 3), {"resets": bools()}, ValueError, SHAPE + r", got \(\)"),
+    "resets of other steps": ({}, (4, 3), {"resets": bools(5, 3)}, ValueError, SHAPE),
+    "resets of other rows": ({}, (4, 3), {"resets": bools(4, 1)}, ValueError, SHAPE),
+    "resets, batch first": (
+        {"batch_first": True}, (4, 3), {"resets": bools(3, 4)}, ValueError, SHAPE,
+    ),
+    "resets of two for one direction": ({}, (4, 3), {"resets": bools(4, 3, 2)}, ValueError, SHAPE),
+    "resets of three for two directions": (
+        {"bidirectional": True}, (4, 3), {"resets": bools(4, 3, 3)}, ValueError,
+        SHAPE + r" or \(4, 3, 2\), got \(4, 3, 3\)",
+    ),
+    "resets of a batch for none": (
+        {}, (4,), {"resets": bools(4, 1)}, ValueError, r"must have shape \(4,\), got \(4, 1\)",
+    ),
+    "resets of int64": (
+        {}, (4, 3), {"resets": bools(4, 3).long()}, TypeError,
+        r"resets must be of torch.bool, got torch.int64",
+    ),
+    "resets of float32": (
+        {}, (4, 3), {"resets": bools(4, 3).float()}, TypeError,
+        r"resets must be of torch.bool, got torch.float32",
+    ),
+    "resets in a list": (
+        {}, (4, 3), {"resets": [[True] * 3] * 4}, TypeError, r"resets must be a tensor, got list",
+    ),
+    "resets packed": (
+        {}, (4, 3), {"resets": packed_as([3, 3, 3, 3])}, TypeError,
+        r"resets must be a tensor, got PackedSequence",
+    ),
+    "resets on another device": (
+        {}, (4, 3), {"resets": bools(4, 3, device="meta")}, ValueError,
+        r"resets must be on cpu, as the input is, got meta",
+    ),
+    "scale of other steps": ({}, (4, 3), {"update_scale": torch.ones(5, 3)}, ValueError, SHAPE),
+    "scale of one unit": (
+        {}, (4, 3), {"update_scale": torch.ones(4, 3, 1)}, ValueError,
+        r"update_scale must have shape \(4, 3\) or \(4, 3, 6\), got \(4, 3, 1\)",
+    ),
+    "scale of both directions": (
+        {"bidirectional": True}, (4, 3), {"update_scale": torch.ones(4, 3, 12)}, ValueError, SHAPE,
+    ),
+    "a number": (
+        {}, (4, 3), {"update_scale": 0.5}, TypeError, "update_scale must be a tensor, got float",
+    ),
+    "scale of bool": (
+        {}, (4, 3), {"update_scale": bools(4, 3)}, TypeError,
+        r"update_scale must be of a floating dtype, got torch.bool",
+    ),
+    "scale of float64": (
+        {}, (4, 3), {"update_scale": torch.ones(4, 3, dtype=F64)}, TypeError,
+        r"update_scale must be of torch.float32, as the input is, got torch.float64",
+    ),
+    "scale on another device": (
+        {}, (4, 3), {"update_scale": torch.ones(4, 3, device="meta")}, ValueError,
+        r"update_scale must be on cpu, as the input is, got meta",
+    ),
+}  # fmt: skip
+
+
+@VARIANT
+@pytest.mark.parametrize("case", BAD_MODIFIERS)
+def test_bad_resets_and_scales(monkeypatch, variant, case):
+    settings, lead, given, error, text = BAD_MODIFIERS[case]
+    layer = TriGRU(IN, H, variant=variant, **settings)
+    monkeypatch.setattr("trigru.ops.recurrence", None)  # nothing runs before
+    with pytest.raises(error, match=text):
+        layer(torch.zeros(*lead, IN), **given)
+
+
+@pytest.mark.parametrize(
+    "given, error, text",
+    [
+        (bools(3, 3), ValueError, r"resets must have shape \(6,\), got \(3, 3\)"),
+        (bools(5), ValueError, r"resets must have shape \(6,\), got \(5,\)"),
+        (
+            packed_as([2, 2, 2]),
+            ValueError,
+            r"batch_sizes tensor\(\[3, 2, 1\]\), got tensor\(\[2, 2",
+        ),
+        (packed_as([3, 2, 1], 2), ValueError, r"resets must have shape \(6,\), got \(6, 2\)"),
+        (
+            packed_as([3, 2, 1], sorted_indices=torch.tensor([1, 0, 2])),
+            ValueError,
+            r"sorted as the input is, with None, got tensor\(\[1, 0, 2\]\)",
+        ),
+        (packed_as([3, 2, 1]).to(torch.int64), TypeError, r"torch.bool, got torch.int64"),
+    ],
+    ids=["padded", "too few", "other sizes", "of two", "sorted", "int64"],
+)
+def test_bad_resets_of_packed_sequences(given, error, text):
+    layer = TriGRU(IN, H)
+    packed = PackedSequence(torch.zeros(6, IN), torch.tensor([3, 2, 1]))
+    with pytest.raises(error, match=text):
+        layer(packed, resets=given)
+
+
+def test_scales_that_are_sorted_otherwise():
+    layer = TriGRU(IN, H)
+    x, scale = torch.zeros(6, IN), torch.ones(6)
+    orders = [torch.tensor(order) for order in ([2, 0, 1], [0, 1, 2])]
+    packed, other = (
+        PackedSequence(data, torch.tensor([3, 2, 1]), sorted_indices=order)
+        for data, order in zip((x, scale), orders, strict=True)
+    )
+    with pytest.raises(ValueError, match=r"update_scale must be sorted .*\[2, 0, 1\].*\[0, 1, 2\]"):
+        layer(packed, update_scale=other)
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        ({"resets": None}, ValueError, "a reset_state is the state of resets: give these, too"),
+        ({"resets": bools(5, 3)}, ValueError, r"resets must have shape \(5, 2\), got \(5, 3\)"),
+        ({"resets": bools(5, 2, 2)}, ValueError, r"resets must have shape \(5, 2\), got \(5, 2, 2"),
+        (
+            {"resets": bools(5, 2).int()},
+            TypeError,
+            r"resets must be of torch.bool, got torch.int32",
+        ),
+        ({"resets": bools(5, 2, device="meta")}, ValueError, r"resets must be on cpu.*got meta"),
+        ({"resets": True}, TypeError, r"resets must be a tensor, got bool"),
+        ({"reset_state": torch.zeros(2, 4)}, RuntimeError, r"reset_state must have shape \(4,\)"),
+        ({"reset_state": torch.zeros(4, dtype=F64)}, TypeError, r"'reset_state': torch.float64"),
+        ({"reset_state": torch.zeros(4, device="meta")}, RuntimeError, r"'reset_state': 'meta'"),
+        (
+            {"update_scale": torch.ones(5, 2, 3)},
+            ValueError,
+            r"\(5, 2\) or \(5, 2, 4\), got \(5, 2, 3",
+        ),
+        ({"update_scale": bools(5, 2)}, TypeError, r"of a floating dtype, got torch.bool"),
+        ({"update_scale": torch.ones(5, 2).double()}, TypeError, r"'update_scale': torch.float64"),
+        ({"update_scale": torch.ones(5, 2, device="meta")}, ValueError, r"on cpu.*got meta"),
+        ({"clip": 0.0}, ValueError, r"clip must be above 0, got 0.0"),
+        ({"clip": float("nan")}, ValueError, r"clip must be above 0, got nan"),
+        ({"clip": False}, TypeError, r"clip must be a number or None, got bool"),
+        ({"clip": "2"}, TypeError, r"clip must be a number or None, got str"),
+    ],
+    ids=str,
+)
+@VARIANT
+def test_bad_input_of_the_recurrence_alone(variant, change, error, text):
+    given = {"gx": torch.zeros(5, 2, 12), "h0": torch.zeros(2, 4), "w_hh": torch.zeros(12, 4)}
+    given |= {"resets": bools(5, 2), "reset_state": torch.zeros(4)}
+    with pytest.raises(error, match=text):
+        gru(**given | change, variant=variant)
+
+
+@pytest.mark.parametrize(
+    "settings, given",
+    [
+        ({"heads": 2}, {}),
+        ({"learn_reset": True}, {}),
+        ({"clip": 1.0}, {}),
+        ({}, {"resets": bools(3, T)}),
+        ({}, {"update_scale": torch.ones(3, T)}),
+    ],
+    ids=str,
+)
+def test_expanded_weights_are_refused(settings, given):
+    layer = TriGRU(IN, H, batch_first=True, **settings)
+    with pytest.raises(NotImplementedError, match=r"heads, a learned reset state, resets.* clip: "):
+        call_for_per_sample_grads(layer, batch_size=3)(torch.randn(3, T, IN), **given)

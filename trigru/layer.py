@@ -251,6 +251,8 @@ class TriGRU(nn.RNNBase):
                 # In a trace a number would be that of the example for ever.
                 shape = shape[0], batch_sizes[0], shape[2]
             if self.learn_reset:
+                if isinstance(self.reset_state, ExpandedWeight):
+                    raise NotImplementedError(_NO_EXPANDED_WEIGHTS)
                 hx = self.reset_state.unsqueeze(1).expand(shape)
             else:
                 hx = input.new_zeros(shape)
@@ -307,11 +309,7 @@ class TriGRU(nn.RNNBase):
         plain = resets is None and update_scale is None and self.clip is None
         per_sample = has_torch_function(weights) and any(type(w) is ExpandedWeight for w in weights)
         if per_sample and (textbook or heads > 1 or self.learn_reset or not plain):
-            raise NotImplementedError(
-                "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook "
-                "variant, heads, a learned reset state, resets, update_scale nor clip: take "
-                "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
-            )
+            raise NotImplementedError(_NO_EXPANDED_WEIGHTS)
         # Where no kernel runs, PyTorch's own GRU is the fastest that is there. A compiled graph
         # keeps the one operator per layer instead, which does not unroll with T.
         if per_sample or (
@@ -497,6 +495,11 @@ class TriGRU(nn.RNNBase):
         return ""
 
 
+_NO_EXPANDED_WEIGHTS = (
+    "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook variant, "
+    "heads, a learned reset state, resets, update_scale nor clip: take "
+    "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
+)
 _KINDS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
