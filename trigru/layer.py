@@ -168,7 +168,7 @@ class TriGRU(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
+        # torch.onnx.export(…, dynamo=False) gives every default by its position.
         resets: Tensor | PackedSequence | None = None,
         update_scale: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -486,12 +486,16 @@ class TriGRU(nn.RNNBase):
         """What of this layer nn.GRU does not have, or "" if that is nothing."""
         if self.variant != "torch":
             return f"nn.GRU cannot compute the {self.variant} variant"
+        return self.why_not_in("nn.GRU")
+
+    def why_not_in(self, target: str) -> str:
+        """What of this layer, but its variant, only a TriGRU has, or "" if that is nothing."""
         if self.heads > 1:
-            return f"nn.GRU has no heads, the layer has {self.heads}: see trigru.convert.to_dense"
+            return f"{target} has no heads, the layer has {self.heads}: see trigru.convert.to_dense"
         if self.clip is not None:
-            return f"nn.GRU has no clip, the layer has {self.clip}"
+            return f"{target} has no clip, the layer has {self.clip}"
         if self.learn_reset:
-            return "nn.GRU has no reset_state, which the layer has learned"
+            return f"{target} has no reset_state, which the layer has learned"
         return ""
 
 
@@ -512,8 +516,11 @@ def _gates_of_heads(tensor: Any, heads: int) -> Any:
 
 def dense_blocks(blocks: Tensor) -> Tensor:
     """w_hh (3H, H) that computes what U's blocks (heads, 3H / heads, H / heads) compute."""
-    gates = blocks.unflatten(1, (3, -1)).unbind(1)  # (heads, H / heads, H / heads)
-    return torch.cat([torch.block_diag(*gate) for gate in gates])
+    # (3, heads, H / heads, heads, H / heads), all but those of a head with itself 0. No block_diag:
+    # torch.onnx.export(…, dynamo=False) does not know it.
+    gates = blocks.unflatten(1, (3, -1)).transpose(0, 1).unsqueeze(3)
+    own = torch.eye(len(blocks), dtype=torch.bool, device=blocks.device)[:, None, :, None]
+    return torch.where(own, gates, 0.0).flatten(3).flatten(0, 2)
 
 
 def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
