@@ -100,6 +100,20 @@ def test_opcheck_forward(textbook, bias, D, reverse, save):
 
 
 @VARIANTS
+def test_opcheck_of_all_that_changes_a_step(textbook):
+    """Heads of two directions, resets, their state, update_scale and clip; forwards and back."""
+    inputs, cotangents = make_problem(2, 2, 4, 3, textbook=textbook, dtype=torch.float32)
+    resets, reset_state = torch.rand(2, 2, 4) < 0.5, torch.randn(4, 3)
+    modifiers = None, resets, reset_state, torch.rand(2, 2, 4, 3)
+    walk = textbook, False, True, 2, 0.3
+    args = *inputs.values(), *modifiers, *walk
+    torch.library.opcheck(torch.ops.trigru.forward.default, (*args, False))
+    y, _, gates = torch.ops.trigru.forward(*args, True)
+    args = *cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates, *modifiers, *walk
+    torch.library.opcheck(torch.ops.trigru.backward.default, args)
+
+
+@VARIANTS
 @pytest.mark.parametrize("D, reverse", [(1, False), (1, True), (2, False)], ids=str)
 def test_opcheck_backward(textbook, D, reverse):
     inputs, cotangents = make_problem(3, 2, D, 4, textbook=textbook, dtype=torch.float32)

@@ -273,6 +273,33 @@ def test_by_hand(settings, variant, heads, per_unit):
     assert_close(derivatives(ours, given), derivatives(theirs, given), **EXACT)
 
 
+@VARIANT
+@pytest.mark.parametrize("T, B", [(1, 1), (1, 3), (3, 0)], ids=str)
+def test_edges(variant, T, B):
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    x, hx, given = torch.randn(T, B, IN, dtype=F64), make_hx(layer, B), modifiers(T, B)
+    weights = dict(layer.named_parameters())
+    actual, exact = (
+        results(f, layer, x, hx)
+        for f in (
+            lambda x, hx: layer(x, hx, **given),
+            lambda x, hx: by_hand(layer, weights, x, hx, **given),
+        )
+    )
+    assert_close(actual, exact, **EXACT)
+
+
+@VARIANT
+def test_masks_with_gaps(variant):
+    """Resets and scales that are one for all rows, or in another order in memory."""
+    layer = drawn(**STACK, variant=variant)
+    x, scale = torch.randn(T, B, IN, dtype=F64), torch.rand(T, 1, dtype=F64)
+    for resets in (RESETS, RESETS[:, :1].expand(T, B), RESETS.T.contiguous().T):
+        whole = {"resets": resets.contiguous(), "update_scale": scale.repeat(1, B)}
+        actual = layer(x, resets=resets, update_scale=scale.expand(T, B))
+        assert_close(actual, layer(x, **whole), rtol=0, atol=0)
+
+
 def test_without_hx_a_learned_reset_state_is_the_initial_one():
     layer = drawn(**STACK, learn_reset=True, heads=2)
     x = torch.randn(T, B, IN, dtype=F64)
@@ -582,6 +609,25 @@ def test_compiled(fresh_dynamo, variant):
         stance = "fail_on_recompile"
 
 
+@VARIANT
+def test_compiled_recurrence(fresh_dynamo, variant):
+    """`gru`, and with it a learned state that no hx replaces."""
+    tensors, resets = recurrence_case(variant, "learned", (T, B))
+
+    def function(**tensors):
+        return gru(**tensors, variant=variant, resets=resets, clip=0.5)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(derivatives(compiled, tensors), derivatives(function, tensors))
+    layer = drawn(**EVERYTHING, variant=variant)
+    x = torch.randn(T, B, IN, dtype=F64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    actual, exact = (
+        results(lambda x, hx, f=f: f(x, resets=RESETS), layer, x) for f in (compiled, layer)
+    )
+    assert_close(actual, exact)
+
+
 def test_compiled_documents(fresh_dynamo):
     """From the places where they begin to the last state, in one graph; wrong places are found."""
     layer = drawn(bidirectional=True)
@@ -643,13 +689,14 @@ def test_autocast(variant):
 
 
 @VARIANT
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_a_limit_of_the_tensors_dtype(variant, dtype):
-    """0.3 is none of its numbers: the limit is the nearest, and no gradient passes there."""
-    layer = TriGRU(IN, H, variant=variant, clip=0.3, dtype=dtype)
+@pytest.mark.parametrize("dtype, clip", [(BF16, 0.7), (FP16, 0.2), (FP32, 0.7)], ids=str)
+def test_a_limit_of_the_tensors_dtype(variant, dtype, clip):
+    """It is the dtype's nearest number, here below what was given, and no gradient passes there."""
+    layer = TriGRU(IN, H, variant=variant, clip=clip, dtype=dtype)
     x = (10 * torch.randn(T, B, IN)).to(dtype).requires_grad_()
     y, _ = layer(x)
-    limit = torch.tensor(0.3, dtype=dtype)
+    limit = torch.tensor(clip, dtype=dtype)
+    assert limit.double() < clip
     at_limit = y.abs() == limit
     assert y.abs().max() == limit and 0 < at_limit.sum() < y.numel()
     (dx,) = torch.autograd.grad((y * at_limit).sum(), x)
@@ -702,6 +749,10 @@ TRANSFORMS = {
     "vmap of reset_state": lambda f, c: vmap(
         lambda s: f(c.w | {"reset_state": s}, c.x, c.hx, c.resets, c.scale)
     )(c.start),
+    "vmap of rows": lambda f, c: vmap(f, (None, 1, 1, 1, 1))(c.w, c.x, c.hx, c.resets, c.scale),
+    "vmap of a weight": lambda f, c: vmap(
+        lambda u: f(c.w | {"weight_hh_l1": u}, c.x, c.hx, c.resets, c.scale)
+    )(c.ws["weight_hh_l1"]),
     "an ensemble": lambda f, c: vmap(f, (0, 0, None, 0, 0))(c.ws, c.xs, c.hx, c.masks, c.scales),
     "an ensemble without hx": lambda f, c: vmap(lambda w, r: f(w, c.x, None, r, c.scale))(
         c.ws, c.masks
@@ -734,6 +785,21 @@ def test_transforms(variant, transform):
     case = Case(variant)
     actual, exact = (TRANSFORMS[transform](f, case) for f in (case.ours, case.theirs))
     assert_close(actual, exact)
+
+
+@VARIANT
+def test_gradients_in_batches(variant):
+    """By torch.autograd's own vmap, as one after the other."""
+    layer = drawn(**STACK, **EVERYTHING, variant=variant)
+    x, hx, given = torch.randn(T, B, IN, dtype=F64), make_hx(layer, B), modifiers(T, B)
+    inputs = [t.requires_grad_() for t in (x, hx, given["update_scale"])]
+    outputs = layer(x, hx, **given)
+    inputs += layer.parameters()
+    batch = [torch.randn(3, *t.shape, dtype=F64) for t in outputs]
+    how = {"retain_graph": True}
+    actual = torch.autograd.grad(outputs, inputs, batch, is_grads_batched=True, **how)
+    each = [torch.autograd.grad(outputs, inputs, one, **how) for one in zip(*batch, strict=True)]
+    assert_close(actual, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
 @VARIANT
@@ -1059,8 +1125,9 @@ def test_bad_resets_and_scales(monkeypatch, variant, case):
             r"sorted as the input is, with None, got tensor\(\[1, 0, 2\]\)",
         ),
         (packed_as([3, 2, 1]).to(torch.int64), TypeError, r"torch.bool, got torch.int64"),
+        (packed_as([3, 2, 1]).to("meta"), ValueError, r"must be on cpu, .* got meta"),
     ],
-    ids=["padded", "too few", "other sizes", "of two", "sorted", "int64"],
+    ids=["padded", "too few", "other sizes", "of two", "sorted", "int64", "another device"],
 )
 def test_bad_resets_of_packed_sequences(given, error, text):
     layer = TriGRU(IN, H)

@@ -534,6 +534,8 @@ def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
         )
     ours: Any = packed.sorted_indices
     theirs: Any = rows.sorted_indices
+    if rows.data.device != packed.data.device:
+        return rows.data  # which is refused in its turn
     if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
         raise ValueError(f"{name} must be sorted as the input is, with {ours}, got {theirs}")
     return rows.data
