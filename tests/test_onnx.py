@@ -351,3 +351,12 @@ def test_what_a_node_does_not_have(model, size, lacking):
             export(made, *inputs[lacking])
     with pytest.raises(NotImplementedError, match=refused):
         export_by_torchscript(made, *inputs[lacking], dynamic=[[]] * len(inputs[lacking]))
+
+
+def test_what_torchscript_is_given_by_name_is_refused_as_well():
+    """Which its exporter gives by position."""
+    given = torch.randn(T, B, IN), {"resets": torch.zeros(T, B, dtype=torch.bool)}
+    with pytest.raises(
+        NotImplementedError, match="an ONNX GRU node has no resets, no update_scale"
+    ):
+        torch.onnx.export(TriGRU(IN, H, variant="textbook"), given, io.BytesIO(), dynamo=False)

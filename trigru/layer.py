@@ -168,13 +168,21 @@ class TriGRU(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        # torch.onnx.export(…, dynamo=False) gives every default by its position.
+        *by_position: Any,
         resets: Tensor | PackedSequence | None = None,
         update_scale: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """See the class."""
         if any(isinstance(each, fx.Proxy) for each in (input, hx, resets, update_scale)):
             return self._call_in_graph(input, hx, resets=resets, update_scale=update_scale)
+        if by_position:
+            # torch.onnx.export(…, dynamo=False) gives by position what is by name alone.
+            if len(by_position) != 2 or not onnx.exporting():
+                raise TypeError(
+                    "TriGRU.forward() takes from 2 to 3 positional arguments but "
+                    f"{3 + len(by_position)} were given"
+                )
+            resets, update_scale = by_position
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, resets, update_scale)
         if input.dim() not in (2, 3):
