@@ -42,33 +42,60 @@ def believing_in_kernels():
     return SimpleNamespace(**vars(ops) | {"why_no_kernel": lambda *args: None})
 
 
-def by_hand(layer, weights, x, hx=None):
-    """Either equation, written down once more, over x (T, …, I) from hx (layers · D, …, H): the
-    library has no part in it, and every transform of torch.func knows all that it is made of."""
-    D = 2 if layer.bidirectional else 1
+def by_hand(layer, weights, x, hx=None, *, resets=None, update_scale=None):
+    """Either equation, written down once more, over x (T, …, I) from hx (layers · D, …, H), with
+    resets (T, …, D) and update_scale (T, …, H or 1): the library has no part in it, and every
+    transform of torch.func knows all that it is made of."""
+    D, reset_state = 2 if layer.bidirectional else 1, weights.get("reset_state")
     if hx is None:
         hx = x.new_zeros(layer.num_layers * D, *x.shape[1:-1], layer.hidden_size)
+        if reset_state is not None:
+            hx = hx + (reset_state if x.dim() == 2 else reset_state.unsqueeze(1))
     h_n = []
     for k in range(layer.num_layers):
         outputs = []
         for d, suffix in enumerate(("", "_reverse")[:D]):
             w_ih, w_hh, b_ih, b_hh = (weights.get(f"{kind}_l{k}{suffix}") for kind in KINDS)
+            w_hh = dense(w_hh)
+            reset = 0.0 if reset_state is None else reset_state[k * D + d]
             h, y = hx[k * D + d], {}
             for t in range(len(x))[:: -1 if d else 1]:
+                if resets is not None:
+                    h = torch.where(resets[t][..., d : d + 1], reset, h)
                 gx_r, gx_z, gx_n = F.linear(x[t], w_ih, b_ih).chunk(3, -1)
                 gh_r, gh_z, gh_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
                 r, z = torch.sigmoid(gx_r + gh_r), torch.sigmoid(gx_z + gh_z)
                 if layer.variant == "textbook":
                     n = torch.tanh(gx_n + F.linear(r * h, w_hh.chunk(3)[2]))
-                    h = (1 - z) * h + z * n
+                    share = z
                 else:
                     n = torch.tanh(gx_n + r * gh_n)
-                    h = (1 - z) * n + z * h
+                    share = 1 - z
+                if update_scale is not None:
+                    share = update_scale[t] * share
+                h = (1 - share) * h + share * n
+                if layer.clip is not None:
+                    h = h.clamp(-layer.clip, layer.clip)
                 y[t] = h
             outputs.append(torch.stack([y[t] for t in range(len(x))]))
             h_n.append(h)
         x = torch.cat(outputs, -1)
     return x, torch.stack(h_n)
+
+
+def dense(w_hh):
+    """(3H, H) of U's blocks (heads, 3H / heads, H / heads): each gate of each head, put where its
+    rows and columns are."""
+    if w_hh.dim() == 2:
+        return w_hh
+    heads, _, width = w_hh.shape
+    gates = w_hh.unflatten(1, (3, width))
+    rows = [
+        F.pad(gates[k, gate], (k * width, (heads - 1 - k) * width))
+        for gate in range(3)
+        for k in range(heads)
+    ]
+    return torch.cat(rows)
 
 
 def packed_by_hand(layer, weights, packed, hx=None):

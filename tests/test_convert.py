@@ -529,6 +529,150 @@ def test_a_stack(variant, D):
     assert all(p.any() for p in again.parameters())
 
 
+OWN = {"heads": 2, "learn_reset": True, "clip": 0.5}  # what no other library has
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+@DIRECTIONS
+def test_a_stack_of_what_no_other_library_has(variant, D):
+    layer = TriGRU(IN, 4, num_layers=3, bidirectional=D == 2, variant=variant, dtype=F64, **OWN)
+    for p in layer.parameters():
+        p.data.normal_()
+    parts = convert.unstack(layer)
+    for k, part in enumerate(parts):
+        assert {name: getattr(part, name) for name in OWN} == OWN
+        assert torch.equal(part.reset_state, layer.reset_state[k * D : (k + 1) * D])
+    x, resets = torch.randn(T, B, IN, dtype=F64), torch.rand(T, B) < 0.5
+    y = x
+    for part in parts:
+        y, _ = part(y, resets=resets)
+    assert torch.equal(y, layer(x, resets=resets)[0])
+    for again in (convert.stack(parts), convert.stack([parts[0], convert.stack(parts[1:])])):
+        assert repr(again) == repr(layer)
+        for name, p in layer.named_parameters():
+            assert torch.equal(again.get_parameter(name), p), name
+
+
+# Heads
+
+
+HEADS_OF_STACKS = pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": False, "batch_first": True}, {"num_layers": 2, "bidirectional": True}],
+    ids=str,
+)
+
+
+def drawn_heads(heads, **settings):
+    layer = TriGRU(IN, 8, heads=heads, dtype=F64, **settings)
+    for p in layer.parameters():
+        p.data.normal_()
+    return layer
+
+
+def assert_same_function(ours, theirs):
+    """With resets and without; and each has its own weights."""
+    x = torch.randn(T, B, IN, dtype=F64)
+    resets = torch.rand(T, B, 2) < 0.4 if ours.bidirectional else torch.rand(T, B) < 0.4
+    if ours.batch_first:
+        x, resets = x.transpose(0, 1), resets.transpose(0, 1)
+    with torch.no_grad():
+        for given in ({}, {"resets": resets}):
+            for actual, exact in zip(ours(x, **given), theirs(x, **given), strict=True):
+                assert_allclose(actual, exact, rtol=1e-12, atol=1e-12)
+    pointers = {p.data_ptr() for p in theirs.parameters()}
+    assert not pointers & {p.data_ptr() for p in ours.parameters()}
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+@pytest.mark.parametrize("own", [{}, {"learn_reset": True, "clip": 0.5}], ids=["", "and all else"])
+@HEADS_OF_STACKS
+def test_heads_become_dense_and_come_back(variant, own, settings):
+    layer = drawn_heads(4, **settings, **own, variant=variant).eval()
+    before = torch.get_rng_state()
+    dense = convert.to_dense(layer)
+    again = convert.from_dense(dense, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert repr(dense) == repr(layer).replace(", heads=4", "") and not dense.training
+    assert_same_function(dense, layer)
+    for name, p in dense.named_parameters():
+        assert p.is_leaf and p.requires_grad and p.dtype == F64
+        if name.startswith("weight_hh"):
+            assert p.shape == (24, 8)
+            assert p.count_nonzero() == 24 * 2  # each row has those of its head's units
+    assert repr(again) == repr(layer)
+    for name, p in layer.named_parameters():
+        assert torch.equal(again.get_parameter(name), p), name
+    assert_same_function(convert.from_dense(dense, 2), layer)  # of two blocks each
+    assert_same_function(convert.from_dense(layer, 2), layer)
+    assert_same_function(convert.from_dense(layer, 1), layer)
+    assert_same_function(convert.to_dense(dense), dense)
+
+
+@HEADS_OF_STACKS
+def test_heads_by_way_of_nn_gru(settings):
+    layer = drawn_heads(4, **settings)
+    gru = convert.to_dense(layer).to_torch()
+    x = torch.randn(T, B, IN, dtype=F64)
+    with torch.no_grad():
+        assert_allclose(gru(x)[0], layer(x)[0], rtol=1e-12, atol=1e-12)
+    again = convert.from_dense(gru, 4)
+    assert type(again) is TriGRU and repr(again) == repr(layer)
+    for name, p in layer.named_parameters():
+        assert torch.equal(again.get_parameter(name), p), name
+
+
+def test_dropout_between_layers_with_heads_is_kept():
+    layer = drawn_heads(2, num_layers=2, dropout=0.25)
+    assert convert.to_dense(layer).dropout == 0.25
+    assert convert.from_dense(convert.to_dense(layer), 2).dropout == 0.25
+
+
+@pytest.mark.parametrize("number", [1e-30, float("nan"), -2.5], ids=str)
+def test_what_is_outside_of_the_blocks(number):
+    dense = convert.to_dense(drawn_heads(4, num_layers=2, bidirectional=True))
+    dense.weight_hh_l1_reverse.data[13, 3] = number  # of z of unit 5: its head has 4 and 5
+    dense.weight_hh_l1_reverse.data[23, 0] = 1.0
+    text = rf"weight_hh_l1_reverse must be 0 .* 4 heads, got 2 .* first {number:.3g} in row 13, col"
+    with pytest.raises(ValueError, match=text):
+        convert.from_dense(dense, 4)
+    dense.weight_hh_l1_reverse.data[13, 3] = 0
+    with pytest.raises(ValueError, match=r"weight_hh_l1_reverse must .* got 1 .* 1 in row 23, col"):
+        convert.from_dense(dense, 2)
+    assert convert.from_dense(dense, 1).heads == 1
+
+
+def test_heads_that_cannot_be():
+    for heads, error, text in (
+        (3, ValueError, "heads must divide hidden_size 8, got 3"),
+        (0, ValueError, "heads must divide hidden_size 8, got 0"),
+        (2.0, TypeError, "heads must be an int, got float"),
+    ):
+        for layer in (nn.GRU(IN, 8), TriGRU(IN, 8)):
+            with pytest.raises(error, match=text):
+                convert.from_dense(layer, heads)
+    for to in (convert.to_dense, lambda layer: convert.from_dense(layer, 2)):
+        with pytest.raises(TypeError, match="expected a TriGRU, got Linear; see TriGRU"):
+            to(nn.Linear(IN, H))
+
+
+@FORMAT
+def test_what_no_format_has(name):
+    to = getattr(convert, f"to_{name}")
+    variant = "textbook" if name == "haiku" else "torch"
+    for settings, text in (
+        ({"heads": 4}, r"has no heads, the layer has 4: see trigru.convert.to_dense"),
+        ({"clip": 0.5}, r"has no clip, the layer has 0.5"),
+        ({"learn_reset": True}, r"has no reset_state, which the layer has learned"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            to(TriGRU(IN, 8, variant=variant, **settings))
+    layer = drawn_heads(4, variant=variant)
+    if name == "nnx":
+        layer.bias_hh_l0.data[16:] = 0
+    assert_same_function(read(name, to(convert.to_dense(layer))), layer)
+
+
 def test_what_cannot_be_one_stack():
     one = TriGRU(IN, H)
     with pytest.raises(ValueError, match=r"layer 1 of the stack must have {'input_size': 3}, got"):
@@ -537,6 +681,9 @@ def test_what_cannot_be_one_stack():
         (TriGRU(IN, H), r"must have {'input_size': 3}, got {'input_size': 4}"),
         (TriGRU(H, H + 1), r"must have {'hidden_size': 3}, got {'hidden_size': 4}"),
         (TriGRU(H, H, variant="textbook"), r"must have {'variant': 'torch'}, got {'variant': 't"),
+        (TriGRU(H, H, heads=3), r"must have {'heads': 1}, got {'heads': 3}"),
+        (TriGRU(H, H, clip=2.0), r"must have {'clip': None}, got {'clip': 2.0}"),
+        (TriGRU(H, H, learn_reset=True), r"must have {'learn_reset': False}, got {'learn_reset'"),
         (TriGRU(H, H, bias=False), r"must have {'bias': True}, got {'bias': False}"),
         (TriGRU(H, H, bidirectional=True), r"must have {'bidirectional': False}, got"),
         (TriGRU(H, H, batch_first=True), r"must have {'batch_first': False}, got"),

@@ -277,3 +277,86 @@ def test_an_exported_program_is_refused_in_clear_words(variant):
     refused = r"no ExportedProgram with a TriGRU inside: give it the model itself, torch.onnx.expo"
     with pytest.raises(torch.onnx.OnnxExporterError, match=refused):
         torch.onnx.export(program, dynamo=True, verbose=False)
+
+
+# What an ONNX GRU node has, and what it has not
+
+
+def layer_of_heads(variant):
+    layer = TriGRU(
+        IN, 4, num_layers=2, bidirectional=True, batch_first=True, heads=2, learn_reset=True,
+        variant=variant,
+    )  # fmt: skip
+    nn.init.normal_(layer.reset_state)
+    return layer.eval()
+
+
+def assert_any_sizes(run, layer):
+    for sizes in ((B, T), (1, 1), (B + 4, T + 3)):
+        x = torch.randn(*sizes, IN)
+        with torch.no_grad():
+            assert_close(run(x), list(layer(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_and_a_learned_initial_state():
+    """Dense nodes, whose weights are constants; the state is there for any B."""
+    layer = layer_of_heads("textbook")
+    dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}
+    program = export(layer, torch.randn(B, T, IN), dynamic_shapes=(dims,))
+    dense = convert.to_dense(layer)
+    plain = TriGRU(IN, 4, num_layers=2, bidirectional=True, variant="textbook")
+    plain.load_state_dict(dense.state_dict(), strict=False)  # all but the reset state
+    for node, part in zip(gru_nodes(program), convert.unstack(plain), strict=True):
+        R = node.inputs[2].const_value.numpy()
+        np.testing.assert_array_equal(R, convert.to_onnx(part)["R"])
+    assert_any_sizes(session(program), layer)
+
+
+def test_heads_and_a_learned_initial_state_by_torchscript(form):
+    layer = layer_of_heads(form)
+    proto = export_by_torchscript(layer, torch.randn(B, T, IN), dynamic=[[0, 1]])
+    assert [node.op_type for node in proto.graph.node].count("GRU") == 2
+    assert_any_sizes(session_of(proto), layer)
+
+
+class Modified(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.gru = TriGRU(IN, H, **settings)
+
+    def forward(self, x, resets=None, update_scale=None):
+        return self.gru(x, resets=resets, update_scale=update_scale)[0]
+
+
+class ModifiedRecurrence(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x, resets=None, update_scale=None):
+        h0, w_hh = x.new_zeros(x.shape[1], 3), x.new_ones(9, 3)
+        return gru(x, h0, w_hh, resets=resets, update_scale=update_scale, **self.settings)[0]
+
+
+@pytest.mark.parametrize("model, size", [(Modified, IN), (ModifiedRecurrence, 3 * H)], ids=str)
+@pytest.mark.parametrize("lacking", ["resets", "update_scale", "clip"])
+def test_what_a_node_does_not_have(model, size, lacking):
+    made = model(**{"clip": 0.5} if lacking == "clip" else {})
+    x = torch.randn(T, B, size)
+    inputs = {"resets": (x, torch.zeros(T, B, dtype=torch.bool)), "clip": (x,)}
+    inputs["update_scale"] = x, None, torch.ones(T, B)
+    refused = "an ONNX GRU node has no resets, no update_scale and no clip"
+    if lacking == "resets":  # dynamo's exporter tries again and again
+        with pytest.raises(torch.onnx.OnnxExporterError, match=refused):
+            export(made, *inputs[lacking])
+    with pytest.raises(NotImplementedError, match=refused):
+        export_by_torchscript(made, *inputs[lacking], dynamic=[[]] * len(inputs[lacking]))
+
+
+def test_what_torchscript_is_given_by_name_is_refused_as_well():
+    """Which its exporter gives by position."""
+    given = torch.randn(T, B, IN), {"resets": torch.zeros(T, B, dtype=torch.bool)}
+    with pytest.raises(
+        NotImplementedError, match="an ONNX GRU node has no resets, no update_scale"
+    ):
+        torch.onnx.export(TriGRU(IN, H, variant="textbook"), given, io.BytesIO(), dynamo=False)

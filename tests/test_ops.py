@@ -95,17 +95,31 @@ def test_opcheck_forward(textbook, bias, D, reverse, save):
     T = 1 if save and D == 2 else 2  # the gradients are traced step by step, which takes long
     inputs, _ = make_problem(T, 3, D, 4, textbook=textbook, bias=bias, dtype=torch.float32)
     tensors = (leaves_of(inputs) if save else inputs).values()
-    args = (*tensors, None, textbook, reverse, D == 2, save)
-    torch.library.opcheck(torch.ops.trigru.forward.default, args)
+    walk = textbook, reverse, D == 2, 1, None
+    torch.library.opcheck(torch.ops.trigru.forward.default, (*tensors, *[None] * 4, *walk, save))
+
+
+@VARIANTS
+def test_opcheck_of_all_that_changes_a_step(textbook):
+    """Heads of two directions, resets, their state, update_scale and clip; forwards and back."""
+    inputs, cotangents = make_problem(2, 2, 4, 3, textbook=textbook, dtype=torch.float32)
+    resets, reset_state = torch.rand(2, 2, 4) < 0.5, torch.randn(4, 3)
+    modifiers = None, resets, reset_state, torch.rand(2, 2, 4, 3)
+    walk = textbook, False, True, 2, 0.3
+    args = *inputs.values(), *modifiers, *walk
+    torch.library.opcheck(torch.ops.trigru.forward.default, (*args, False))
+    y, _, gates = torch.ops.trigru.forward(*args, True)
+    args = *cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates, *modifiers, *walk
+    torch.library.opcheck(torch.ops.trigru.backward.default, args)
 
 
 @VARIANTS
 @pytest.mark.parametrize("D, reverse", [(1, False), (1, True), (2, False)], ids=str)
 def test_opcheck_backward(textbook, D, reverse):
     inputs, cotangents = make_problem(3, 2, D, 4, textbook=textbook, dtype=torch.float32)
-    walk = textbook, reverse, D == 2
-    y, _, gates = torch.ops.trigru.forward(*inputs.values(), None, *walk, True)
-    args = (*cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates, None, *walk)
+    walk = *[None] * 4, textbook, reverse, D == 2, 1, None
+    y, _, gates = torch.ops.trigru.forward(*inputs.values(), *walk, True)
+    args = (*cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates, *walk)
     torch.library.opcheck(torch.ops.trigru.backward.default, args)
 
 

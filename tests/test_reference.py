@@ -105,10 +105,11 @@ def test_walk_back_is_autograd_of_the_loop(T, B, H, D, reverse, textbook, from_g
     exact = torch.autograd.grad(outputs, [*leaves.values()], gradients)
 
     h0, w_hh, y, gates = (t.detach() for t in (inputs["h0"], inputs["w_hh"], y, gates))
-    dgx, dgh, dh0 = reference.gru_backward(
+    dgx, dgh, dh0, *others = reference.gru_backward(
         **cotangents, h0=h0, w_hh=w_hh, y=y, gates=gates, offsets=None,
         textbook=textbook, **walk, dgates=dgates,
     )  # fmt: skip
+    assert [t.shape for t in others] == [(0,), (0,)]
     if textbook:
         assert dgh.shape == (0,)
         dgh = dgx

@@ -19,6 +19,10 @@ Flax nnx, nnx.GRUCell       r, z, n  h' = (1 − z) n + z h   dense_i (3H,)     
 Where z keeps what the textbook form's z takes, its rows change their sign, since 1 − σ(a) = σ(−a).
 Where two biases are only ever summed, a format that has one bias gets the sum.
 
+No format has heads, a clip or a learned reset state: each `to_…` raises ValueError on them. But a
+layer with heads can first become one without, `to_dense(layer)`, which computes the same;
+`from_dense` is the inverse.
+
 The formats hold one layer. Of a stack convert each, `[to_keras(one) for one in unstack(layer)]`,
 and back, `stack([from_keras(w) for w in weights])`. The activations are taken to be tanh and the
 sigmoid, every library's default (before version 2.3 Keras' was hard_sigmoid, another function).
@@ -28,10 +32,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from .layer import TriGRU
+from .layer import TriGRU, dense_blocks
 from .onnx import gru_inputs
 
 Weights = list[Tensor]  # w_ih (D, 3H, I), w_hh (D, 3H, H), and with biases b_ih, b_hh (D, 3H)
@@ -295,8 +299,9 @@ def stack(layers: Sequence[TriGRU]) -> TriGRU:
             got = {name: theirs[name] for name in expected}
             raise ValueError(f"layer {k} of the stack must have {expected}, got {got}")
     weights = [direction for layer in layers for direction in layer.all_weights]
+    reset_state = torch.cat([layer.reset_state for layer in layers]) if layer.learn_reset else None
     depth = sum(layer.num_layers for layer in layers)
-    return _filled(weights, num_layers=depth, **_settings(layers[0]))
+    return _filled(weights, reset_state, num_layers=depth, **_settings(layers[0]))
 
 
 def unstack(layer: TriGRU) -> list[TriGRU]:
@@ -305,8 +310,62 @@ def unstack(layer: TriGRU) -> list[TriGRU]:
     _expect_trigru(layer)
     D = 2 if layer.bidirectional else 1
     settings = _settings(layer)
-    parts = [layer.all_weights[i : i + D] for i in range(0, len(layer.all_weights), D)]
-    return [_filled(part, **settings | {"input_size": part[0][0].shape[1]}) for part in parts]
+    parts = []
+    for i in range(0, len(layer.all_weights), D):
+        weights = layer.all_weights[i : i + D]
+        reset_state = layer.reset_state[i : i + D] if layer.learn_reset else None
+        settings["input_size"] = weights[0][0].shape[1]
+        parts.append(_filled(weights, reset_state, **settings))
+    return parts
+
+
+def to_dense(layer: TriGRU) -> TriGRU:
+    """A TriGRU of one head, with copies of the layer's weights, that computes what the layer
+    computes: what is outside the blocks of its `weight_hh_l*` (3H, H) is 0. All else is the
+    layer's, and `.to_torch()` of it an nn.GRU where the rest allows that."""
+    _expect_trigru(layer)
+    return _with_heads(layer, 1)
+
+
+def from_dense(layer: TriGRU | nn.GRU, heads: int) -> TriGRU:
+    """A TriGRU of so many heads, with copies of the layer's weights, that computes what the layer
+    computes. All else is the layer's.
+
+    Raises ValueError if a number outside the blocks of a `weight_hh_l*` is not 0, or if heads do
+    not divide H."""
+    if isinstance(layer, nn.GRU):
+        layer = TriGRU.from_torch(layer)
+    _expect_trigru(layer)
+    return _with_heads(layer, heads)
+
+
+def _with_heads(layer: TriGRU, heads: int) -> TriGRU:
+    own = {"num_layers": layer.num_layers, "dropout": layer.dropout, "heads": heads}
+    other: Any = skip_init(TriGRU, **_settings(layer) | own)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            value = getattr(layer, name)
+            if name.startswith("weight_hh"):
+                value = dense_blocks(value) if layer.heads > 1 else value
+                value = _blocks(name, value, heads) if heads > 1 else value
+            parameter.copy_(value)
+    return other.train(layer.training)
+
+
+def _blocks(name: str, w_hh: Tensor, heads: int) -> Tensor:
+    """The blocks (heads, 3H / heads, H / heads) of w_hh (3H, H): the inverse of `dense_blocks`."""
+    # (3, heads, H / heads, heads, H / heads), of which those of a head with itself
+    parts = w_hh.unflatten(1, (heads, -1)).unflatten(0, (3, heads, -1))
+    blocks = parts.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).flatten(1, 2)
+    outside = dense_blocks(torch.ones_like(blocks)) == 0
+    wrong = ((w_hh != 0) & outside).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"{name} must be 0 outside the blocks of {heads} heads, got {len(wrong)} other numbers "
+            f"there, the first {w_hh[row, column].item():.3g} in row {row}, column {column}"
+        )
+    return blocks
 
 
 def _r_with_z(tensor: Tensor) -> Tensor:
@@ -405,6 +464,8 @@ def _weights(
         raise ValueError(
             f"{target} computes variant {variant!r} only, the layer is of variant {layer.variant!r}"
         )
+    if why := layer.why_not_in(target):
+        raise ValueError(why)
     if layer.num_layers > 1:
         raise ValueError(
             f"{target} is one layer, got {layer.num_layers}: convert each of unstack(layer)"
@@ -429,7 +490,10 @@ def _array(tensor: Tensor) -> Any:
 def _settings(layer: TriGRU) -> dict[str, Any]:
     """What tells one layer of a stack from one of another stack."""
     weight = layer.all_weights[0][0]
-    names = "input_size", "hidden_size", "bias", "batch_first", "bidirectional", "variant"
+    names = (
+        "input_size", "hidden_size", "bias", "batch_first", "bidirectional", "variant", "heads",
+        "learn_reset", "clip",
+    )  # fmt: skip
     settings = {name: getattr(layer, name) for name in names}
     return settings | {"dtype": weight.dtype, "device": weight.device}
 
@@ -451,11 +515,16 @@ def _new(variant: str, weights: Weights, batch_first: bool) -> TriGRU:
     )
 
 
-def _filled(weights: Sequence[Sequence[Tensor]], **settings: Any) -> TriGRU:
-    """A TriGRU of these settings, with copies of the weights, which are as its `all_weights`."""
+def _filled(
+    weights: Sequence[Sequence[Tensor]], reset_state: Tensor | None = None, **settings: Any
+) -> TriGRU:
+    """A TriGRU of these settings, with copies of the weights, which are as its `all_weights`, and
+    of the reset state."""
     layer: Any = skip_init(TriGRU, **settings)  # draws no random numbers
     with torch.no_grad():
         for parameters, values in zip(layer.all_weights, weights, strict=True):
             for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
+        if reset_state is not None:
+            layer.reset_state.copy_(reset_state)
     return layer

@@ -110,6 +110,8 @@ class TriGRU(nn.RNNBase):
             raise TypeError(f"heads must be an int, got {type(heads).__name__}")
         if heads < 1 or (isinstance(hidden_size, int) and hidden_size % heads):
             raise ValueError(f"heads must divide hidden_size {hidden_size}, got {heads}")
+        if not isinstance(learn_reset, bool):
+            raise TypeError(f"learn_reset must be a bool, got {type(learn_reset).__name__}")
         ops.check_clip(clip)
         if save not in ("gates", "state"):
             raise ValueError(f"save must be 'gates' or 'state', got {save!r}")
@@ -127,8 +129,7 @@ class TriGRU(nn.RNNBase):
                 self._reset_blocks(blocks)
         if learn_reset:
             count = num_layers * (2 if bidirectional else 1)
-            zeros = torch.zeros(count, hidden_size, device=device, dtype=dtype)
-            self.reset_state = nn.Parameter(zeros)
+            self.reset_state = nn.Parameter(self._flat_weights[0].new_zeros(count, hidden_size))
         if variant == "textbook" and bias:
             for name in [n for n in self._flat_weights_names if n.startswith("bias_hh")]:
                 delattr(self, name)
@@ -182,13 +183,21 @@ class TriGRU(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
+        *by_position: Any,
         resets: Tensor | PackedSequence | None = None,
         update_scale: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """See the class."""
         if any(isinstance(each, fx.Proxy) for each in (input, hx, resets, update_scale)):
             return self._call_in_graph(input, hx, resets=resets, update_scale=update_scale)
+        if by_position:
+            # torch.onnx.export(…, dynamo=False) gives by position what is by name alone.
+            if len(by_position) != 2 or not onnx.exporting():
+                raise TypeError(
+                    "TriGRU.forward() takes from 2 to 3 positional arguments but "
+                    f"{3 + len(by_position)} were given"
+                )
+            resets, update_scale = by_position
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, resets, update_scale)
         if input.dim() not in (2, 3):
@@ -200,7 +209,7 @@ class TriGRU(nn.RNNBase):
                 f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
             )
         batch_dim = 0 if self.batch_first else 1
-        modifiers: tuple[Any, ...] = self._modifiers(input, resets, update_scale)
+        modifiers: Any = self._modifiers(input, resets, update_scale)
         if not batched:
             input = input.unsqueeze(batch_dim)
             hx = None if hx is None else hx.unsqueeze(1)
@@ -336,6 +345,8 @@ class TriGRU(nn.RNNBase):
                 # In a trace a number would be that of the example for ever.
                 shape = shape[0], batch_sizes[0], shape[2]
             if self.learn_reset:
+                if isinstance(self.reset_state, ExpandedWeight):
+                    raise NotImplementedError(_NO_EXPANDED_WEIGHTS)
                 hx = self.reset_state.unsqueeze(1).expand(shape)
             else:
                 hx = input.new_zeros(shape)
@@ -392,11 +403,7 @@ class TriGRU(nn.RNNBase):
         plain = resets is None and update_scale is None and self.clip is None
         per_sample = has_torch_function(weights) and any(type(w) is ExpandedWeight for w in weights)
         if per_sample and (textbook or heads > 1 or self.learn_reset or not plain):
-            raise NotImplementedError(
-                "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook "
-                "variant, resets, update_scale, clip nor heads: take "
-                "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
-            )
+            raise NotImplementedError(_NO_EXPANDED_WEIGHTS)
         lean = self.save == "state" and ops.keeps_a_graph(
             input, hx, reset_state, update_scale, *weights
         )
@@ -418,6 +425,10 @@ class TriGRU(nn.RNNBase):
                 return torch.gru(input, batch_sizes, hx, weights, *how)
 
         self._check_tensors(input, hx, weights, batch_sizes)
+        if update_scale is not None and update_scale.dtype != input.dtype:
+            raise TypeError(
+                f"update_scale must be of {input.dtype}, as the input is, got {update_scale.dtype}"
+            )
         if onnx.exporting():
             if not plain:
                 raise NotImplementedError(
@@ -442,9 +453,8 @@ class TriGRU(nn.RNNBase):
             offsets = F.pad(batch_sizes.cumsum(0), (1, 0)).to(input.device, non_blocking=True)
         elif self.batch_first:  # (T, B, …)
             x = input.transpose(0, 1)
-            resets, update_scale = (
-                None if t is None else t.transpose(0, 1) for t in (resets, update_scale)
-            )
+            resets = None if resets is None else resets.transpose(0, 1)
+            update_scale = None if update_scale is None else update_scale.transpose(0, 1)
         D = 2 if self.bidirectional else 1
         h_n = []
         for layer in range(self.num_layers):
@@ -576,15 +586,24 @@ class TriGRU(nn.RNNBase):
         """What of this layer nn.GRU does not have, or "" if that is nothing."""
         if self.variant != "torch":
             return f"nn.GRU cannot compute the {self.variant} variant"
+        return self.why_not_in("nn.GRU")
+
+    def why_not_in(self, target: str) -> str:
+        """What of this layer, but its variant, only a TriGRU has, or "" if that is nothing."""
         if self.heads > 1:
-            return f"nn.GRU has no heads, the layer has {self.heads}: see trigru.convert.to_dense"
+            return f"{target} has no heads, the layer has {self.heads}: see trigru.convert.to_dense"
         if self.clip is not None:
-            return f"nn.GRU has no clip, the layer has {self.clip}"
+            return f"{target} has no clip, the layer has {self.clip}"
         if self.learn_reset:
-            return "nn.GRU has no reset_state, which the layer has learned"
+            return f"{target} has no reset_state, which the layer has learned"
         return ""
 
 
+_NO_EXPANDED_WEIGHTS = (
+    "call_for_per_sample_grads knows PyTorch's own operations only, not the textbook variant, "
+    "heads, a learned reset state, resets, update_scale nor clip: take "
+    "torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)"
+)
 _KINDS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
@@ -597,8 +616,11 @@ def _gates_of_heads(tensor: Any, heads: int) -> Any:
 
 def dense_blocks(blocks: Tensor) -> Tensor:
     """w_hh (3H, H) that computes what U's blocks (heads, 3H / heads, H / heads) compute."""
-    gates = blocks.unflatten(1, (3, -1)).unbind(1)  # (heads, H / heads, H / heads)
-    return torch.cat([torch.block_diag(*gate) for gate in gates])
+    # (3, heads, H / heads, heads, H / heads), all but those of a head with itself 0. No block_diag:
+    # torch.onnx.export(…, dynamo=False) does not know it.
+    gates = blocks.unflatten(1, (3, -1)).transpose(0, 1).unsqueeze(3)
+    own = torch.eye(len(blocks), dtype=torch.bool, device=blocks.device)[:, None, :, None]
+    return torch.where(own, gates, 0.0).flatten(3).flatten(0, 2)
 
 
 def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
@@ -612,6 +634,8 @@ def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
         )
     ours: Any = packed.sorted_indices
     theirs: Any = rows.sorted_indices
+    if rows.data.device != packed.data.device:
+        return rows.data  # which is refused in its turn
     if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
         raise ValueError(f"{name} must be sorted as the input is, with {ours}, got {theirs}")
     return rows.data

@@ -160,6 +160,7 @@ def per_recurrence(
     """
     lead = tuple(lead)
     if resets is not None:
+        _expect_tensor("resets", resets)
         if resets.dtype != torch.bool:
             raise TypeError(f"resets must be of torch.bool, got {resets.dtype}")
         _expect("resets", resets, [lead, (*lead, 2)][:directions], device)
@@ -167,12 +168,20 @@ def per_recurrence(
             resets = resets.unsqueeze(-1)
         resets = resets.unsqueeze(-1).expand(*lead, directions, heads).flatten(-2)
     if update_scale is not None:
+        _expect_tensor("update_scale", update_scale)
+        if not update_scale.is_floating_point():
+            raise TypeError(f"update_scale must be of a floating dtype, got {update_scale.dtype}")
         _expect("update_scale", update_scale, [lead, (*lead, H)], device)
         if update_scale.dim() == len(lead):
             update_scale = update_scale.unsqueeze(-1).expand(*lead, H)
         update_scale = update_scale.unsqueeze(-2).expand(*lead, directions, H)
         update_scale = update_scale.unflatten(-1, (heads, -1)).flatten(-3, -2)
     return resets, update_scale
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _expect(name: str, tensor: Tensor, shapes: Sequence[tuple], device: torch.device) -> None:
@@ -196,6 +205,7 @@ def resets_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, bidirectional: bool = 
     Raises TypeError on another dtype, ValueError on another shape or other values. To look at those
     on a CUDA device waits for it, once. Where that cannot be, in a compiled function and while a
     CUDA graph is captured, an assertion on the device stands for it."""
+    _expect_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be of torch.int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
@@ -241,24 +251,26 @@ def recurrence(
     gx, h0, w_hh, b_hh, reset_state, update_scale = autocast(
         gx, h0, w_hh, b_hh, reset_state, update_scale
     )
-    tensors = [t for t in (gx, h0, w_hh, b_hh, reset_state, update_scale) if t is not None]
-    dtypes = [t.dtype for t in tensors]
+    named = {
+        "gx": gx, "h0": h0, "w_hh": w_hh, "b_hh": b_hh, "reset_state": reset_state,
+        "update_scale": update_scale,
+    }  # fmt: skip
+    tensors = {name: t for name, t in named.items() if t is not None}
+    dtypes = {name: t.dtype for name, t in tensors.items()}
+    alike = set(dtypes.values())
     if gx.dtype.itemsize == 2 and h0.dtype == torch.float32:  # more of the state than of the rest
-        dtypes[1] = gx.dtype
-    if not gx.is_floating_point() or any(dtype != gx.dtype for dtype in dtypes):
-        raise TypeError(
-            f"all tensors must have one floating dtype, got {[t.dtype for t in tensors]}"
-        )
-    if any(t.device != gx.device for t in tensors):
-        raise RuntimeError(
-            f"all tensors must be on one device, got {[str(t.device) for t in tensors]}"
-        )
+        alike = {dtype for name, dtype in dtypes.items() if name != "h0"}
+    if not gx.is_floating_point() or len(alike) > 1:
+        raise TypeError(f"all tensors must have one floating dtype, got {dtypes}")
+    if any(t.device != gx.device for t in tensors.values()):
+        devices = {name: str(t.device) for name, t in tensors.items()}
+        raise RuntimeError(f"all tensors must be on one device, got {devices}")
     *lead, D, rows = gx.shape
     H, B = rows // 3, h0.shape[1] if offsets is not None else lead[-1]
     if (h0.shape, w_hh.shape) != ((D, B, H), (D, 3 * H, H)) or (
         b_hh is not None and b_hh.shape != (D, 3 * H)
     ):
-        shapes = [tuple(t.shape) for t in tensors]
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         raise RuntimeError(f"gx, h0, w_hh and b_hh do not go together: {shapes}")
     # A graph holds the operator, which autograd knows too; the transforms of torch.func need more.
     compiling, tracing = torch.compiler.is_compiling(), torch.jit.is_tracing()
@@ -287,7 +299,8 @@ def recurrence(
     save = (
         torch.is_grad_enabled()
         and not tracing  # the graph must be the same with and without gradients
-        and (transformed() or any(t.requires_grad for t in tensors))  # seen at one level only
+        # Under a transform it is seen at one level only.
+        and (transformed() or any(t.requires_grad for t in tensors.values()))
     )
     function = torch.ops.trigru.forward if compiling or tracing else Recurrence.apply
     y, h_n, _ = function(

@@ -240,7 +240,7 @@ def gru_backward(
         dy_d, dgates_d, resets_d, scale_d = (
             None if t is None else t[:, d].split(steps) for t in (dy, dgates, resets, update_scale)
         )
-        dreset_state = torch.zeros_like(dh)
+        dreset_d = torch.zeros_like(dh)
         dgx_d, dgh_d, dscale_d = ([dh] * len(steps) for _ in range(3))  # to be overwritten
         order = range(len(steps))
         if not runs_backwards(d, reverse=reverse, bidirectional=bidirectional, heads=heads):
@@ -273,13 +273,13 @@ def gru_backward(
             dgx_d[t] = torch.cat((da_r, da_z, da_n), -1)
             if resets_d is not None:
                 reset = resets_d[t].unsqueeze(-1)
-                mine = dreset_state[: steps[t]] + torch.where(reset, dh, 0)
-                dreset_state = torch.cat((mine, dreset_state[steps[t] :]))
+                mine = dreset_d[: steps[t]] + torch.where(reset, dh, 0)
+                dreset_d = torch.cat((mine, dreset_d[steps[t] :]))
                 dh = torch.where(reset, 0, dh)
             if offsets is not None:
                 dh = torch.cat((dh, waiting))
-        walked.append((torch.cat(dgx_d), torch.cat(dgh_d), dh, dreset_state, torch.cat(dscale_d)))
-    dgx, dgh, dh0, dreset_states, dscale = zip(*walked, strict=True)
+        walked.append((torch.cat(dgx_d), torch.cat(dgh_d), dh, dreset_d, torch.cat(dscale_d)))
+    dgx, dgh, dh0, dreset, dscale = zip(*walked, strict=True)
 
     def rows(columns: tuple[Tensor, ...]) -> Tensor:
         return torch.stack(columns, 1).unflatten(0, shape)
@@ -288,6 +288,6 @@ def gru_backward(
         rows(dgx),
         y.new_empty(0) if textbook else rows(dgh),
         torch.stack(dh0).to(h0.dtype),
-        y.new_empty(0) if reset_state is None else torch.stack(dreset_states),
+        y.new_empty(0) if reset_state is None else torch.stack(dreset),
         y.new_empty(0) if update_scale is None else rows(dscale),
     )
