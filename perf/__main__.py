@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import is_torchelastic_launched
 
-from . import episodes
+from . import episodes, stream
 from . import train as text
 from .compare import compare, report
 from .evidence import FAILED, LOST, PARTS, ROOT, WRONG, run_evidence, run_part
@@ -23,7 +23,7 @@ from .providers import DTYPES
 from .shapes import SETS, VARIANTS
 from .sweep import DeviceLost, make_bench, run_sweep
 
-TASKS = {"text": text, "episodes": episodes}
+TASKS = {"text": text, "episodes": episodes, "stream": stream}
 SECONDS = {"cpu": 0.3, "cuda": 0.1}  # to time each shape and mode of a sweep, about
 DEFAULT_SECONDS = 210.0  # after which a sweep of the default set ends, so that all takes 5 minutes
 
@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     add_device(sub)
     sub.add_argument(
         "--task", choices=TASKS, help="what to learn: text, by characters (default); episodes that "
-        "end anywhere in a rollout, with resets",
+        "end at any step, with resets; a long stream of measurements, in chunks",
     )  # fmt: skip
     sub.add_argument("--dtype", dest="train_dtype", choices=DTYPES, help="default: fp32")
     sub.add_argument("--steps", type=int, help="training steps")

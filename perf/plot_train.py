@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from . import episodes, train
+from . import episodes, stream, train
 from .plot import BLACK, GREY, ORANGE, RED, SKY, STYLE, WIDTH, Row, save
 
 
@@ -149,6 +149,71 @@ def plot_episodes(rows: Sequence[Row], path: Path) -> Path:
         return save(figure, rows, path, note)
 
 
+def plot_stream(rows: Sequence[Row], path: Path) -> Path:
+    """Errors of the forecasts in training, their distance from float64's by the size of the chunks,
+    and their errors on days that were held out, of one training, as one picture."""
+    looks: dict[str, dict[str, Any]] = {
+        train.YARDSTICK: {"color": SKY, "linewidth": 7},
+        train.TRIGRU: {"color": BLACK, "linestyle": "--", "linewidth": 2},
+    }
+    first = rows[0]
+    steps = [r for r in rows if r["chunk"] is None]
+    readings = [r for r in rows if r["chunk"] is not None]
+    with plt.rc_context(STYLE):
+        figure, (losses, errors, held_out) = plt.subplots(
+            3, 1, figsize=(WIDTH, 14.5), height_ratios=(5, 3.5, 2.2), layout="constrained"
+        )
+        for name, look in looks.items():
+            run = [r for r in steps if r["run"] == name]
+            curve = train.smoothed([r["rms_us"] for r in run])
+            losses.plot(_ends(run, curve), curve, label=name, **look)
+        curve = train.smoothed([r["naive_us"] for r in run])
+        losses.plot(
+            _ends(run, curve), curve, color=GREY, linestyle=":", linewidth=3,
+            label="tomorrow is as today",
+        )  # fmt: skip
+        losses.set(
+            title="Error of the forecasts in training", ylabel="µs, root mean square",
+            xlabel="training step", ylim=(0, None),
+        )  # fmt: skip
+        losses.legend(frameon=False, loc="center right")
+
+        chunks = sorted({r["chunk"] for r in readings})
+        for size, (name, look) in zip((15, 7), looks.items(), strict=True):
+            run = sorted((r for r in readings if r["run"] == name), key=lambda r: r["chunk"])
+            errors.plot(
+                range(len(chunks)), [r["error"] for r in run], "o", color=look["color"],
+                markersize=size, label=name,
+            )  # fmt: skip
+        errors.plot(
+            range(len(chunks)), [r["allowed_error"] for r in run], color=GREY, linestyle=":",
+            linewidth=3, label="allowed for TriGRU",
+        )  # fmt: skip
+        errors.set_xticks(range(len(chunks)), [f"{chunk:,.0f}" for chunk in chunks])
+        errors.set(
+            title="Distance from float64's forecasts of all days at once", yscale="log",
+            ylabel="relative error", xlabel="days read at a time, the state carried along",
+            ylim=_decades(r["error"] for r in readings), xlim=(-0.5, len(chunks) - 0.5),
+        )  # fmt: skip
+        errors.legend(handles=errors.lines[-1:], frameon=False, loc="upper left")
+
+        bars = {name: (stream.rms(rows, name),) * 3 for name in looks}
+        bars |= {"as today": (readings[-1]["naive_us"],) * 3}
+        _bars(held_out, bars, looks | {"as today": {"color": GREY}}, ".1f")
+        held_out.set(title="Error on days that were held out", xlabel="µs, root mean square")
+        figure.suptitle(
+            "Forecasts of the length of the day\n"
+            f"{first['dtype']}, H = {first['H']:.0f}, B = {first['B']:.0f}, T = {first['T']:.0f}",
+            fontsize=20,
+        )
+        note = (
+            f"Length of the day, 1962 to 2024: IERS EOP C04, as astropy-iers-data ships it. In "
+            f"training, errors are the mean of {train.SMOOTHING} steps. Held out are the last "
+            f"{stream.HELD_OUT:.0%} of the days."
+        )
+        return save(figure, rows, path, note)
+
+
 def _decades(values: Iterable[float]) -> tuple[float, float]:
     """Powers of ten with all values between them, and some room above."""
     logs = [math.log10(v) for v in values if 0 < v < math.inf] or [0.0]
@@ -156,14 +221,19 @@ def _decades(values: Iterable[float]) -> tuple[float, float]:
 
 
 def _bars(
-    axes: Axes, speeds: dict[str, tuple[float, float, float]], looks: dict[str, dict[str, Any]]
+    axes: Axes,
+    values: dict[str, tuple[float, float, float]],
+    looks: dict[str, dict[str, Any]],
+    form: str = ",.0f",
 ) -> None:
-    """A bar for each name: p50, and a line from p20 to p80."""
-    for y, (name, (p20, p50, p80)) in enumerate(speeds.items()):
+    """A bar for each name: p50, and a line from p20 to p80 where they differ."""
+    for y, (name, (p20, p50, p80)) in enumerate(values.items()):
         axes.barh(y, p50, color=looks[name]["color"], height=0.6)
-        axes.errorbar(p50, y, xerr=[[p50 - p20], [p80 - p50]], color=GREY, capsize=6, capthick=2)
-        axes.text(p80, y, f"  {p50:,.0f}", va="center")
-    axes.set_yticks(range(len(speeds)), speeds)
+        if p20 < p80:
+            around = [[p50 - p20], [p80 - p50]]
+            axes.errorbar(p50, y, xerr=around, color=GREY, capsize=6, capthick=2)
+        axes.text(p80, y, f"  {p50:{form}}", va="center")
+    axes.set_yticks(range(len(values)), values)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
