@@ -126,6 +126,17 @@ def test_errors_show_in_the_forecasts(monkeypatch, broken):
     assert (forecasts[5] - forecasts[50]).abs().max() > 1e-3
 
 
+def test_training_carries_the_state():
+    run = stream.Run(stream.make_layers(H)[TRIGRU], H, CPU, F64)
+    x, targets = torch.randn(12, 3, stream.INPUTS, dtype=F64), torch.randn(12, 3, dtype=F64)
+    _, h = run.model(x[:8], None)
+    run.step(x[:8], targets[:8])
+    assert_close(run.h, h.detach(), **ROUNDING)
+    forecasts, _ = run.model(x[8:], h)  # with the weights after the first step
+    loss = (forecasts.float() - targets[8:]).square().mean()
+    assert_close(run.step(x[8:], targets[8:]), loss.detach(), **ROUNDING)
+
+
 # The command
 
 
