@@ -215,9 +215,9 @@ def plot_stream(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _decades(values: Iterable[float]) -> tuple[float, float]:
-    """Powers of ten with all values between them, and some room above."""
+    """Powers of ten with all values between them and some room, most of it above."""
     logs = [math.log10(v) for v in values if 0 < v < math.inf] or [0.0]
-    return 10.0 ** math.floor(min(logs)), 10.0 ** (math.ceil(max(logs)) + 1)
+    return 10.0 ** math.floor(min(logs) - 0.1), 10.0 ** (math.ceil(max(logs)) + 1)
 
 
 def _bars(
