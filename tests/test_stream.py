@@ -173,9 +173,16 @@ def test_the_forecasts_are_good_and_the_same(tiny, tmp_path, capsys):
     assert [r["rms_us"] for r in rows[0:80:2]] == [r["rms_us"] for r in rows[1:80:2]]
 
 
-@pytest.mark.parametrize("broken", [IgnoresState, OldState, WrongGradient, Diverges])
-def test_forecasts_that_disagree_exit_with_1(tiny, tmp_path, capsys, monkeypatch, broken):
+@pytest.mark.parametrize("broken", [IgnoresState, OldState, WrongGradient])
+def test_errors_show_in_a_training(tiny, tmp_path, monkeypatch, broken):
     monkeypatch.setattr(stream, "TriGRU", broken)
+    rows = stream.run_training(CPU, "fp32", stream.SETTINGS["cpu"], tmp_path / "stream.csv")
+    good, sentence = stream.verdict(rows)
+    assert not good and "DISAGREE" in sentence
+
+
+def test_forecasts_that_disagree_exit_with_1(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "TriGRU", Diverges)
     assert tiny(tmp_path) == 1
     assert "DISAGREE" in capsys.readouterr().out
     assert (tmp_path / "stream.png").exists()
