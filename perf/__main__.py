@@ -9,18 +9,21 @@ import traceback
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import is_torchelastic_launched
 
+from . import episodes, stream
+from . import train as text
 from .compare import compare, report
 from .evidence import FAILED, LOST, PARTS, ROOT, WRONG, run_evidence, run_part
 from .plot import plot_all, plot_csv
 from .providers import DTYPES
 from .shapes import SETS, VARIANTS
 from .sweep import DeviceLost, make_bench, run_sweep
-from .train import SETTINGS, run_training, verdict
 
+TASKS = {"text": text, "episodes": episodes, "stream": stream}
 SECONDS = {"cpu": 0.3, "cuda": 0.1}  # to time each shape and mode of a sweep, about
 DEFAULT_SECONDS = 210.0  # after which a sweep of the default set ends, so that all takes 5 minutes
 
@@ -29,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, or WRONG if TriGRU was found wrong, or became so between two sweeps, LOST
     if a kernel ended this process's use of the device, FAILED if anything else was raised."""
     args = parser().parse_args(argv)
-    if args.command != "train" and is_torchelastic_launched():
-        raise SystemExit("only train is for torchrun: python -m perf train")
+    if (args.command, args.task) != ("train", "text") and is_torchelastic_launched():
+        raise SystemExit("only train is for torchrun, with the task text: python -m perf train")
     if args.command == "plot":
         for path in args.csv:
             tell(plot_csv(path, args.out))
@@ -63,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             good = True
             if args.command in (None, "train"):
-                good &= train(device, args, folder / "train.csv")
+                name = "train" if args.task == "text" else args.task
+                good &= train(device, args, folder / f"{name}.csv")
             if args.command in (None, "sweep"):
                 good &= sweep(device, args, folder / "sweep.csv")
     except DeviceLost as error:
@@ -86,10 +90,11 @@ def evidence(device: torch.device, args: argparse.Namespace, folder: Path) -> bo
 
 
 def train(device: torch.device, args: argparse.Namespace, path: Path) -> bool:
-    """Train, draw, and say whether TriGRU's loss agrees with nn.GRU's; whether it does."""
-    settings = SETTINGS[device.type]
+    """Train, draw, and say whether TriGRU agrees with nn.GRU; whether it does."""
+    task: Any = TASKS[args.task]
+    settings = task.SETTINGS[device.type]
     settings = settings._replace(steps=args.steps or settings.steps, H=args.hidden or settings.H)
-    good, sentence = verdict(run_training(device, args.train_dtype, settings, path))
+    good, sentence = task.verdict(task.run_training(device, args.train_dtype, settings, path))
     tell(plot_csv(path))
     print(sentence)
     return good
@@ -130,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
         to.add_argument("--out", type=Path, metavar=metavar, help=text)
 
     def add_device(to: argparse.ArgumentParser) -> None:
-        to.add_argument("--device", choices=sorted(SETTINGS), help="default: cuda if there is one")
+        to.add_argument("--device", choices=sorted(SECONDS), help="default: cuda if there is one")
 
     top = argparse.ArgumentParser(
         "python -m perf",
@@ -140,9 +145,9 @@ def parser() -> argparse.ArgumentParser:
     add_out(top, "DIR", "where to write")
     add_device(top)
     top.set_defaults(
-        out=None, device="cuda" if torch.cuda.is_available() else "cpu", steps=None, hidden=None,
-        train_dtype="fp32", set=None, dtype=list(DTYPES), variant=list(VARIANTS), seconds=None,
-        only=None, minutes=9.5, csv=[],
+        out=None, device="cuda" if torch.cuda.is_available() else "cpu", task="text",
+        steps=None, hidden=None, train_dtype="fp32", set=None, dtype=list(DTYPES),
+        variant=list(VARIANTS), seconds=None, only=None, minutes=9.5, csv=[],
     )  # fmt: skip
     commands = top.add_subparsers(dest="command")
 
@@ -155,8 +160,12 @@ def parser() -> argparse.ArgumentParser:
         add_out(sub, *out)
         return sub
 
-    sub = command("train", "a character model with nn.GRU and with TriGRU, side by side")
+    sub = command("train", "the same model with nn.GRU and with TriGRU, side by side")
     add_device(sub)
+    sub.add_argument(
+        "--task", choices=TASKS, help="what to learn: text, by characters (default); episodes that "
+        "end at any step, with resets; a long stream of measurements, in chunks",
+    )  # fmt: skip
     sub.add_argument("--dtype", dest="train_dtype", choices=DTYPES, help="default: fp32")
     sub.add_argument("--steps", type=int, help="training steps")
     sub.add_argument("--hidden", type=int, metavar="H", help="hidden units")

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from . import accuracy, sweep, train
+from . import accuracy, episodes, stream, sweep, train
 from .measure import FACTS
 from .rows import Row, read_csv, unique
 
@@ -44,9 +44,14 @@ def plot_csv(path: Path, folder: Path | None = None) -> list[Path]:
     columns, rows = read_csv(path)
     folder = folder or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    if columns == train.COLUMNS:
+    trainings = {
+        train.COLUMNS: plot_train.plot_training,
+        episodes.COLUMNS: plot_train.plot_episodes,
+        stream.COLUMNS: plot_train.plot_stream,
+    }
+    if columns in trainings:
         last = [r for r in rows if r["date"] == rows[-1]["date"]]
-        return [plot_train.plot_training(last, folder / f"{path.stem}.png")]
+        return [trainings[columns](last, folder / f"{path.stem}.png")]
     if columns == sweep.COLUMNS:
         return plot_sweep.plot_sweep(rows, folder, path.stem)
     if columns == accuracy.COLUMNS:
@@ -59,7 +64,7 @@ def plot_all(results: Path, readme: Path) -> list[Path]:
     README's account of them up to date; the pictures written."""
     from .readme import update
 
-    names = ("sweep.csv", "accuracy.csv", "train.csv")
+    names = ("sweep.csv", "accuracy.csv", "train.csv", "episodes.csv", "stream.csv")
     found = sorted(path for name in names for path in results.glob(f"*/{name}"))
     pictures = [picture for path in found for picture in plot_csv(path)]
     update(readme, results)

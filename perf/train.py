@@ -90,14 +90,35 @@ class CharModel(nn.Module):
         return self.head(y), state
 
 
+class Optimiser:
+    """Adam on float32 copies of a model's parameters: an update is often too small for a 16-bit
+    weight. The model may change its dtype once they are made."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        self.model = model
+        self.weights = [p.detach().float().clone() for p in model.parameters()]
+        self.adam = torch.optim.Adam(self.weights, learning_rate)
+
+    @torch.no_grad()
+    def step(self, count: int) -> None:
+        """Take a step along the gradients of a sum over `count` losses, clipped as their mean's.
+        The sum's gradients are large enough for float16; the mean's would underflow."""
+        parameters = list(self.model.parameters())
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            assert parameter.grad is not None
+            weight.grad = parameter.grad.float() / count
+        nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
+        self.adam.step()
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            parameter.copy_(weight)
+
+
 class Run:
-    """A model in training: its float32 weights, its optimiser and the state it carries along."""
+    """A model in training: its optimiser and the state it carries along."""
 
     def __init__(self, gru: nn.Module, H: int, device: torch.device, dtype: torch.dtype) -> None:
         self.model = CharModel(gru, H).to(device=device)
-        # The optimiser works on float32 copies: an update is often too small for a 16-bit weight.
-        self.weights = [p.detach().float().clone() for p in self.model.parameters()]
-        self.optimiser = torch.optim.Adam(self.weights, LEARNING_RATE)
+        self.optimiser = Optimiser(self.model, LEARNING_RATE)
         self.model.to(dtype=dtype)
         self.state: Tensor | None = None
         if isinstance(gru, nn.GRU):
@@ -115,15 +136,7 @@ class Run:
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
         self.model.zero_grad()
         loss.backward()  # DistributedDataParallel takes the mean over the processes here
-        # The sum's gradients are large enough for float16; the mean's would underflow.
-        for weight, parameter in zip(self.weights, self.model.parameters(), strict=True):
-            assert parameter.grad is not None
-            weight.grad = parameter.grad.float() / len(targets)
-        nn.utils.clip_grad_norm_(self.weights, CLIP_NORM)
-        self.optimiser.step()
-        with torch.no_grad():
-            for parameter, weight in zip(self.model.parameters(), self.weights, strict=True):
-                parameter.copy_(weight)
+        self.optimiser.step(len(targets))
         return loss.detach() / len(targets) / math.log(2)
 
     @torch.no_grad()
@@ -236,9 +249,9 @@ def run_training(
         for name, run in runs.items():
             if at == 0:
                 run.state = None
-            start = _time(clock, device)
+            start = time_on(device, clock)
             loss = run.step(training[at : at + T + 1])
-            seconds = _time(clock, device) - start
+            seconds = time_on(device, clock) - start
             if dist.is_initialized():
                 dist.all_reduce(loss)
                 loss /= processes
@@ -314,13 +327,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
 
 
-def throughput(rows: Sequence[Row], name: str) -> tuple[float, float, float]:
-    """The run's characters per second: p20, p50 and p80 over the steps after the warm-up."""
-    every = [r["tokens_per_s"] for r in rows if r["run"] == name]
+def throughput(
+    rows: Sequence[Row], name: str, column: str = "tokens_per_s"
+) -> tuple[float, float, float]:
+    """The run's characters per second, or what else the column has: p20, p50 and p80 over the steps
+    after the warm-up."""
+    every = [r[column] for r in rows if r["run"] == name]
     return percentiles(every[min(WARM_UP_STEPS, len(every) - 2) :])
 
 
-def _time(clock: Callable[[], float], device: torch.device) -> float:
+def time_on(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """The time in seconds when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

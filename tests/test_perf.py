@@ -874,7 +874,9 @@ def test_processes_that_cannot_share_the_work(monkeypatch, processes, device, sa
 # The command line
 
 
-@pytest.mark.parametrize("args", [[], ["sweep"], ["evidence"], ["plot"]], ids=str)
+@pytest.mark.parametrize(
+    "args", [[], ["sweep"], ["evidence"], ["plot"], ["train", "--task", "episodes"]], ids=str
+)
 def test_torchrun_is_for_training_alone(monkeypatch, args):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
     with pytest.raises(SystemExit, match="only train is for torchrun"):
