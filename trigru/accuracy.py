@@ -112,7 +112,7 @@ def eager_loop(
     clip, as the reference takes them; what is differentiable comes with the inputs."""
 
     def function(
-        gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, **differentiable: Tensor
+        gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, **differentiable: Any
     ) -> tuple:
         y, h_n, _ = reference.gru_forward(
             gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse,

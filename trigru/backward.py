@@ -113,7 +113,7 @@ def _gru_backward_kernel(
     w_hh_ptr,  # [D, 3, H_PAD, H_PAD]  transposed: rows are the columns of U
     h0_ptr,  # [B, D, H]
     y_ptr,  # [N, D, H]
-    before_ptr,  # [N, D, H]           the state entering each step, or None to have it from y and h0
+    before_ptr,  # [N, D, H]           state entering each step, or None to have it from y and h0
     gates_ptr,  # [N, D, G, H]
     dgh_ptr,  # [N, D, 3, H_ROW]  exchanged: gradients of the recurrent products
     dgx_ptr,  # [N, D, 3, H]      gradients of gx; the textbook form's are those of dgh
@@ -299,8 +299,8 @@ def _gru_backward_kernel(
                             gl.store(dgx + H, da_z.to(dtype), mask=mask)
                             gl.store(dgx + 2 * H, (dh * f[3]).to(dtype), mask=mask)
                             dh = dh * f[4]
-                        # The loads of a later step come before the wait: its first look, so early that
-                        # it is in vain, would take from what L2 has for the looks of others.
+                        # The loads of a later step come before the wait: its first look, so early
+                        # that it is in vain, would take from what L2 has for the looks of others.
                         if EARLY:
                             f = _factors(saved, clip, dtype, TEXTBOOK, HAS_DY, SCALED, FORM)
                         saved = _fetch_step(

@@ -235,8 +235,8 @@ def _gru_forward_kernel(
                         if SOLO:
                             gx = loaded
                             loaded = _fetch_input(
-                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
-                                FORM,
+                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D,
+                                SCALED, FORM,
                             )  # fmt: skip
                         # product
                         us = (u_r, u_z) if TEXTBOOK else (u_r, u_z, u_n)
@@ -295,11 +295,12 @@ def _gru_forward_kernel(
                         publish(y, h, mask, FORM)
                         h = entering
                         if not SOLO:
-                            # Not before all of this step's is converted, in front of which the compiler
-                            # would put it: scoreboards are shared, so that it would be waited for.
+                            # Not before all of this step's is converted, in front of which the
+                            # compiler would put it: scoreboards are shared, so that it would be
+                            # waited for.
                             gx = _fetch_input(
-                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D, SCALED,
-                                FORM,
+                                gx_ptr, scale_ptr, load_row, own_gx, own_scale, load_mask, D,
+                                SCALED, FORM,
                             )  # fmt: skip
                         if SAVE:
                             gates = gates_ptr + row * (D * G * H) + own_gates

@@ -191,9 +191,10 @@ def _pack_resets_kernel(
 
 @gluon.jit
 def resets_of_block(words_ptr, block, rows, B):
-    """A tile's bits for the 32 steps from `block` on, rows: of the tile, [BLOCK_B]. They are made of
-    two words here so that these are waited for here, and not in the time loop, where the same
-    scoreboards are those of other loads."""
+    """A tile's bits for the 32 steps from `block` on; rows: of the tile, [BLOCK_B].
+
+    They are made of two words here, so that these are waited for here, and not in the time loop,
+    where the same scoreboards are those of other loads."""
     words_ptr += (block // 32).to(gl.int64) * B
     return gl.inline_asm_elementwise(
         "shf.r.wrap.b32 $0, $1, $2, 1;", "=r,r,r",

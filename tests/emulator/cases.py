@@ -1,6 +1,7 @@
 """One case: both kernels in the emulator, against float64 by the library's own rule."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -324,10 +325,12 @@ def _clipped(case: Case, inputs: dict, cotangents: dict, emulator: Emulator) -> 
     def walked_back(dtype: torch.dtype) -> dict:
         saved = cotangents["dy"], cotangents["dh_n"], inputs["h0"], inputs["w_hh"], y, gates
         how = {k: inputs[k].to(dtype) for k in DIFFERENTIABLE if k in inputs}
-        results = reference.gru_backward(
-            *(t.to(dtype) for t in saved), case.offsets, textbook=case.textbook, **case.walk,
-            **case.modifiers | {"clip": limit.item()}, **how,
-        )  # fmt: skip
+        products = _Tf32Products() if case.precision == "tf32" else nullcontext()
+        with products:
+            results = reference.gru_backward(
+                *(t.to(dtype) for t in saved), case.offsets, textbook=case.textbook, **case.walk,
+                **case.modifiers | {"clip": limit.item()}, **how,
+            )  # fmt: skip
         return {str(i): t for i, t in enumerate(results)}
 
     actual = {str(i): t for i, t in enumerate(gradients)}
