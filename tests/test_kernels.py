@@ -18,7 +18,7 @@ from emulator.cases import (
     what_is_wrong,
 )
 
-from trigru import forward, launch
+from trigru import backward, forward, launch
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
@@ -195,6 +195,158 @@ def test_without_bias_or_saved_gates_and_from_any_address(case):
     check(case)
 
 
+ALL = {"resets": "learned", "scaled": True, "clip": 0.4}
+
+
+@on(
+    Case(*TARGETS[i], textbook, **{"B": 9, "T": 5} | shape | what)
+    for i, textbook, shape, what in (
+        *((0, textbook, shape, ALL) for textbook in VARIANTS for shape in EVERY),
+        *((0, textbook, shape, {"resets": "zero"}) for textbook in VARIANTS for shape in EVERY),
+        (4, TORCH, LATENCY, {"resets": "learned", "T": 6}),
+        (4, TEXTBOOK, STAGED, {"scaled": True}),
+        (5, TORCH, SOLO, ALL | {"bias": False}),
+        (1, TEXTBOOK, STAGED | {"H": 71}, ALL),  # the last unit has no neighbour
+        (3, TORCH, LATENCY, {"clip": 0.3, "resets": "zero"}),
+        (0, TORCH, STAGED, {"clip": 0.3}),
+        (0, TORCH, LATENCY, {"resets": "learned", "reverse": True}),
+        (0, TEXTBOOK, SOLO, {"resets": "zero", "reverse": True}),
+        (0, TORCH, WGMMA, ALL | {"D": 2}),
+        (0, TEXTBOOK, LATENCY, {"resets": "learned", "D": 2, "lengths": (5, 4, 4, 2, 1, 1)}),
+        (3, TORCH, SOLO, {"resets": "zero", "D": 2, "B": 20, "lengths": (4,) * 9 + (2,) * 11}),
+        (0, TORCH, STAGED, {"resets": "learned", "reverse": True, "lengths": (5, 3, 3, 1)}),
+    )
+)
+def test_what_a_step_is_changed_by(case):
+    check(replace(case, B=len(case.lengths or ()) or case.B))
+
+
+@on(
+    Case(*TARGETS[0], textbook, B=9, T=71, resets="learned", **shape)
+    for textbook, shape in (
+        (TORCH, SOLO),
+        (TEXTBOOK, LATENCY),
+        (TORCH, LATENCY | {"reverse": True}),
+        (TORCH, STAGED),
+    )
+)
+def test_resets_of_more_steps_than_a_word_has(case):
+    check(case)
+
+
+@on(
+    Case(*TARGETS[i], textbook, B=9, T=4, D=D, heads=heads, resets=resets, **shape)
+    for i, textbook, shape, D, heads, resets in (
+        (0, TORCH, LATENCY, 3, 3, ""),
+        (0, TEXTBOOK, SOLO, 4, 2, "learned"),
+        (4, TORCH, STAGED, 4, 2, "zero"),
+    )
+)
+def test_heads_are_recurrences_side_by_side(case):
+    check(case)
+
+
+@on(
+    Case(*TARGETS[i], textbook, B=9, T=4, **shape, **what)
+    for i, textbook, shape, what in (
+        (0, TORCH, LATENCY, {"loss": "y"}),
+        (0, TEXTBOOK, SOLO, {"loss": "h_n", "resets": "learned"}),
+        (4, TORCH, STAGED, {"loss": "h_n"}),
+        (0, TORCH, WGMMA, {"carried": True}),
+        (1, TEXTBOOK, SOLO, {"carried": True}),
+    )
+)
+def test_one_loss_alone_and_a_state_in_float32(case):
+    check(case)
+
+
+@on(
+    Case(*TARGETS[0], textbook, B=5, T=4, where=where, poison=value, resets="zero", **shape)
+    for textbook, shape, where, value in (
+        (TORCH, LATENCY, "gx", "nan"),
+        (TEXTBOOK, SOLO, "h0", "inf"),
+        (TORCH, STAGED, "h0", "nan"),
+        (TEXTBOOK, LATENCY, "h0", "inf"),
+    )
+)
+def test_nothing_that_is_not_finite_crosses_a_reset(case):
+    check(case)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@pytest.mark.parametrize(
+    "case",
+    seeded(
+        replace(case, resets=resets)
+        for case, resets in (
+            (Case(90, "bf16", False, B=9, T=37, carried=True, **LATENCY), "learned"),
+            (Case(90, "fp16", True, B=9, T=7, carried=True, **SOLO), ""),
+            (Case(90, "bf16", False, B=9, T=6, carried=True, **WGMMA), "zero"),
+            (Case(80, "tf32", True, B=9, T=5, **STAGED), "learned"),
+        )
+    ),
+    ids=str,
+)
+def test_chunks_are_the_whole_bit_for_bit(case, reverse):
+    """From the state that the chunk before left, in float32; chunks of one step and of odd and even
+    numbers of steps, from the walk's first step on."""
+    inputs, _ = problem_of(case)
+    how = {"offsets": None, "textbook": case.textbook, "reverse": reverse, "save": True}
+    how |= {"bidirectional": False, "plan": plan_of(case, backward=False)}
+    how |= {"reset_state": inputs.pop("reset_state", None)}
+
+    def walk(steps, h0):
+        given = inputs | {"gx": inputs["gx"][steps].contiguous(), "h0": h0}
+        resets = None if case.mask is None else case.mask[steps].contiguous()
+        with Emulator(sm=case.sm, tf32=case.precision == "tf32", seed=case.seed) as emulator:
+            results = forward.gru_forward(**given, **how, resets=resets)
+        assert not emulator.faults
+        return results
+
+    whole = walk(slice(None), inputs["h0"])
+    y, gates, h = torch.empty_like(whole[0]), torch.empty_like(whole[2]), inputs["h0"]
+    begin = 0
+    for end in (1, 3, case.T - 1, case.T):
+        steps = slice(case.T - end, case.T - begin) if reverse else slice(begin, end)
+        y[steps], h, gates[steps] = walk(steps, h)
+        begin = end
+    for ours, theirs in zip((y, h, gates), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_more_steps_than_cudnn_takes():
+    """66,000 at once are as 33,000 twice, bit for bit: in float32, gradients too."""
+    T, half = 66_000, 33_000
+    case = Case(80, "ieee", False, H=3, B=1, T=T, form="solo", resets="zero", seed=1)
+    inputs, cotangents = problem_of(case)
+    gx, mask, dy = inputs["gx"], case.mask, cotangents["dy"]
+    how = {"offsets": None, "textbook": False, "reverse": False, "bidirectional": False}
+    plans = [plan_of(case, backward=b) for b in (False, True)]
+    others = {k: inputs[k] for k in ("w_hh", "b_hh")}
+
+    def walk(steps, h0):
+        given = how | {"resets": mask[steps].contiguous(), "save": True, "plan": plans[0]}
+        return forward.gru_forward(gx=gx[steps].contiguous(), h0=h0, **others, **given)
+
+    def back(steps, dh_n, h0, y, gates):
+        given = how | {"resets": mask[steps].contiguous(), "plan": plans[1]}
+        dy_part = dy[steps].contiguous()
+        return backward.gru_backward(dy_part, dh_n, h0, inputs["w_hh"], y, gates, **given)
+
+    first, second, h0 = slice(0, half), slice(half, T), inputs["h0"]
+    with Emulator(sm=80) as emulator:
+        y, h_n, gates = walk(slice(0, T), h0)
+        y1, h1, gates1 = walk(first, h0)
+        y2, h2, gates2 = walk(second, h1)
+        dgx, _, dh0, *_ = back(slice(0, T), cotangents["dh_n"], h0, y, gates)
+        dgx2, _, dh1, *_ = back(second, cotangents["dh_n"], h1, y2, gates2)
+        dgx1, _, dh, *_ = back(first, dh1, h0, y1, gates1)
+    assert not emulator.faults
+    pairs = ((y, (y1, y2)), (gates, (gates1, gates2)), (dgx, (dgx1, dgx2)), (h_n, (h2,)))
+    for whole, parts in (*pairs, (dh0, (dh,))):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 @on(
     Case(*target, textbook, B=17, T=4, again=3, **shape)
     for target, shape in ((TARGETS[0], LATENCY), (TARGETS[4], LATENCY), (TARGETS[0], WGMMA))
@@ -255,6 +407,14 @@ def test_missing_program_is_reported(case):
     for tile in (10**6, 10**8)
 )
 def test_rows_beyond_four_gigabytes(case):
+    check(case)
+
+
+@on(
+    Case(*TARGETS[0], textbook, B=5, T=3, far=10**8, **shape, **ALL | {"clip": None})
+    for textbook, shape in ((TORCH, SOLO), (TEXTBOOK, LATENCY), (TORCH, STAGED))
+)
+def test_resets_of_rows_beyond_four_gigabytes(case):
     check(case)
 
 

@@ -151,7 +151,7 @@ def _gru_forward_kernel(
             publish(y_ptr + before * (D * H_ROW) + own_y, h, mask, FORM)
             if RESETS:
                 ptrs = y_ptr + row_reset * (D * H_ROW) + own_y
-                publish(ptrs, reset_state + 0 * h, mask, FORM)
+                publish(ptrs, gl.where(mask, reset_state, 0.0), mask, FORM)
         awaited = awaited_offsets(awaited_rows(real - 1, FORM), D * H_ROW, FORM)
 
         steps = steps_of_tile(offsets_ptr, row0, T, PACKED)

@@ -91,7 +91,7 @@ def packed_resets(
     """resets (T, B, D) or (N, D), bool, as a kernel with this plan reads them: see `tiles`.
 
     against: whether it walks against the direction of the forward pass, which `walk` tells."""
-    if resets is None:
+    if resets is None or B == 0:
         return None
     from . import tiles  # Triton is not on every machine
 

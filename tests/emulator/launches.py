@@ -198,7 +198,8 @@ def _state_shape(passed: dict[str, Any]) -> tuple[int, int, int | None]:
         if name in passed:
             return tuple(passed[name].shape)
     if "words_ptr" in passed:
-        return len(passed["words_ptr"]), 0, None
+        D, _, B = passed["words_ptr"].shape
+        return D, B, None
     return 1, 0, None
 
 
@@ -233,6 +234,11 @@ def _first_rows(name: str, tensor: torch.Tensor, B: int, row0: int) -> list[int]
     """Where the tile's rows begin in such a batch, in each step that the tensor has."""
     if name in WITHOUT_ROWS or name in ROW_A_SEQUENCE or not tensor.numel():
         return [row0]
-    # (T, B, …), or as the kernel exchanges it: (N, D, …), of y with rows of h0 and resets behind
-    steps = tensor.shape[0] if name not in EXCHANGED or tensor.dim() > 3 else tensor.shape[0] // B
+    # (T, B, …); or as kernels exchange it: (N, D, …), of y with rows of h0 and resets behind; or
+    # words of resets: (D, words, B)
+    steps = tensor.shape[0]
+    if tensor.dtype == torch.int32:
+        steps = tensor.shape[1]
+    elif name in EXCHANGED and tensor.dim() == 3:
+        steps //= B
     return [t * (row0 + B) + row0 for t in range(steps)]

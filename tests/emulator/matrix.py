@@ -53,10 +53,15 @@ def _calls() -> Iterator[Case]:
             yield Case(*of, H, 5, 4, form=form, reverse=True, bias=False)
             yield Case(*of, H, 5, 4, form=form, save=False)
             yield Case(*of, H, 5, 3, form=form, offset=1)
+            yield Case(*of, H, 20, 7, form=form, resets="learned", scaled=True, clip=0.4)
+            yield Case(*of, H, 20, 7, form=form, resets="zero", D=2, lengths=RAGGED)
+            yield Case(*of, H, 5, 40, form=form, resets="zero", reverse=True, loss="y")
+            yield Case(*of, H, 5, 3, form=form, D=4, heads=2, resets="learned", loss="h_n")
         for form in FORMS:
             if can_have(sm, precision, form):
                 H = 60 if "solo" in form else 256
                 yield Case(*of, H, 20, 3, form=form)
+                yield Case(*of, H, 20, 3, form=form, resets="learned")
 
 
 def _faults() -> Iterator[Case]:
@@ -116,4 +121,13 @@ def _more(case: Case, r: random.Random) -> Case:
         steps = (r.choice((1, r.randint(1, case.T), case.T)) for _ in range(case.B))
         lengths = tuple(sorted(steps, reverse=True))
         case = replace(case, lengths=lengths, T=lengths[0])
+    if r.random() < 0.5:
+        case = replace(
+            case, resets=r.choice(("", "zero", "learned")), scaled=r.random() < 0.3,
+            carried=case.precision in ("bf16", "fp16") and r.random() < 0.3,
+        )  # fmt: skip
+        if case.save and r.random() < 0.5:
+            case = replace(case, loss=r.choice(("y", "h_n")), clip=r.choice((None, 0.3)))
+        if case.D == 1 and r.random() < 0.3:
+            case = replace(case, T=r.choice((31, 32, 33, 66)), lengths=None)
     return case

@@ -33,6 +33,9 @@ STAGED = Case(90, "bf16", False, 140, 17, 4, 3, "throughput")
 WGMMA = Case(90, "bf16", False, 140, 17, 4, 3, "throughput wgmma")
 KINDS = (LATENCY, OLD, TF32, SOLO, SOLO_WGMMA, STAGED, WGMMA)
 PACKED = Case(90, "bf16", False, 29, 9, 5, 3, "latency", lengths=(5, 4, 4) + (2,) * 6)
+RESETS = replace(LATENCY, resets="learned")
+SCALED = replace(LATENCY, scaled=True)
+CLIPPED = replace(SOLO, clip=0.3)
 FAR = Case(90, "bf16", False, 29, 5, 3, 3, "latency", far=10**8)
 
 
@@ -575,6 +578,118 @@ SOURCE = [
         "h = (1 - z) * h + z * n",
         "h = h + z * (n - h)",
         NANS,
+    ),
+    SourceMutant(
+        "the reset of the step before",
+        RESETS,
+        "tiles.py",
+        "step = 32 * gl.program_id(0) + bit - (1 if AGAINST else 0)",
+        "step = 32 * gl.program_id(0) + bit - (2 if AGAINST else 1)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "backward, the reset of the next step",
+        RESETS,
+        "tiles.py",
+        "bit - (1 if AGAINST else 0)",
+        "bit",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "resets of a later word are those of the one before",
+        replace(RESETS, T=40),
+        "tiles.py",
+        "gl.load(words_ptr + B + rows)",
+        "gl.load(words_ptr + rows)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "a program resets its own state, and awaits the old one",
+        RESETS,
+        "forward.py",
+        "is_reset = is_set(bits_in, half)",
+        "is_reset = is_set(bits_in & 0, half)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "a program awaits the reset state, and keeps its own",
+        RESETS,
+        "forward.py",
+        "entering = gl.where(is_set(bits, half)[None, :], reset_state, h)",
+        "entering = h",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "the reset state is not published",
+        RESETS,
+        "forward.py",
+        "publish(ptrs, gl.where(mask, reset_state, 0.0), mask, FORM)",
+        "publish(ptrs, gl.where(mask, reset_state, 0.0), mask & (n_row[None, :] > 99), FORM)",
+        FOREVER,
+    ),
+    SourceMutant(
+        "a NaN that was reset is in the reset state",
+        replace(nan(LATENCY), resets="zero"),
+        "forward.py",
+        "gl.where(mask, reset_state, 0.0)",
+        "reset_state + 0 * h",
+        NANS,
+    ),
+    SourceMutant(
+        "a gradient crosses a reset",
+        RESETS,
+        "backward.py",
+        "dh = gl.where(is_reset, 0.0, dh)",
+        "dh = dh",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "the reset state's gradient is of its last reset alone",
+        RESETS,
+        "backward.py",
+        "dreset += gl.where(is_reset, dh, 0.0)",
+        "dreset = gl.where(is_reset, dh, dreset)",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "backward, z's slope is not scaled",
+        SCALED,
+        "backward.py",
+        "slope *= scale",
+        "slope *= 1.0",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "forward, the kept share is not 1 less the candidate's",
+        SCALED,
+        "forward.py",
+        "h = (1 - share) * h + share * n",
+        "h = z * h + share * n",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "the clip has one side",
+        CLIPPED,
+        "forward.py",
+        "gl.where(h > 0, clip, -clip)",
+        "gl.where(h > 0, clip, h)",
+        "states up to",
+    ),
+    SourceMutant(
+        "a gradient passes the lower clip",
+        CLIPPED,
+        "backward.py",
+        "(after >= clip) | (after <= -clip)",
+        "after >= clip",
+        NUMBERS,
+    ),
+    SourceMutant(
+        "heads by turns in both directions",
+        replace(RESETS, D=4, heads=2),
+        "tiles.py",
+        "d // HEADS % 2 == 0",
+        "d % 2 == 0",
+        NUMBERS,
     ),
 ]
 
