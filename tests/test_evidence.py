@@ -161,7 +161,7 @@ def test_packed_kernels_are_compiled_ahead_for_packed_shapes(monkeypatch):
     packed = Case("torch", "bf16", T=50, B=20, I=64, H=64, packed=True)
     launched = []
 
-    def launch(kernel, arguments, offsets, *_, **__):
+    def launch(kernel, arguments, like, offsets, *_, **__):
         launched.append(offsets)
 
     for module in (ahead.forward, ahead.backward):
