@@ -1,6 +1,8 @@
 """Compile the kernels of a few plans with the Triton that is installed: Gluon is experimental, and
 a name that it changes shows here first."""
 
+from itertools import product
+
 import torch
 import triton
 
@@ -11,9 +13,12 @@ from trigru.plan import plan_launch
 PLANS = ((90, 64, 16), (90, 512, 16), (90, 256, 4096), (80, 100, 64))  # sm, H, B
 
 for sm, H, B in PLANS:
-    for backward, textbook in ((False, False), (True, True)):
+    for backward, textbook, resets in product((False, True), repeat=3):
+        if backward != textbook:
+            continue
         which = {"backward": backward, "textbook": textbook}
         plan = plan_launch(TARGETS[sm], B=B, H=H, D=1, itemsize=2, **which)
+        which["resets"] = resets
         compiled = compile_plan(sm, plan, torch.bfloat16, **which)
         assert compiled.shared_bytes <= plan.shared_bytes, plan
         loop = find_loop(*parse(disassemble(compiled.cubin)))

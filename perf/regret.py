@@ -28,14 +28,8 @@ from .shapes import VARIANTS
 from .static import DEVICES, KIND, estimated
 
 SM = 90
-KERNELS = (
-    "exchange",
-    "form",
-    "tiles",
-    "products",
-    "forward",
-    "backward",
-)  # modules that decide what runs
+# Modules that decide what runs.
+KERNELS = ("exchange", "form", "tiles", "products", "forward", "backward")
 HIDDEN = (64, 128, 200, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCH = (1, 16, 64, 256, 1024, 4096)
 

@@ -234,12 +234,20 @@ def test_resets_of_more_steps_than_a_word_has(case):
     check(case)
 
 
+def test_words_of_resets_of_more_tiles_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_GRID", 1)
+    check(Case(*TARGETS[0], TORCH, B=40, T=35, D=2, resets="zero", seed=3, **SOLO))
+    check(Case(*TARGETS[0], TEXTBOOK, B=20, T=3, resets="zero", seed=4, **LATENCY))
+
+
 @on(
     Case(*TARGETS[i], textbook, B=9, T=4, D=D, heads=heads, resets=resets, **shape)
     for i, textbook, shape, D, heads, resets in (
         (0, TORCH, LATENCY, 3, 3, ""),
         (0, TEXTBOOK, SOLO, 4, 2, "learned"),
         (4, TORCH, STAGED, 4, 2, "zero"),
+        (0, TORCH, SOLO | {"clip": 0.3}, 4, 2, "zero"),
+        (0, TEXTBOOK, LATENCY | {"scaled": True}, 4, 1, "learned"),  # an ensemble of two directions
     )
 )
 def test_heads_are_recurrences_side_by_side(case):

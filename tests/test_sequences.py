@@ -1201,3 +1201,41 @@ def test_expanded_weights_are_refused(settings, given):
     layer = TriGRU(IN, H, batch_first=True, **settings)
     with pytest.raises(NotImplementedError, match=r"heads, a learned reset state, resets.* clip: "):
         call_for_per_sample_grads(layer, batch_size=3)(torch.randn(3, T, IN), **given)
+
+
+@pytest.mark.parametrize("variant", ops.VARIANTS)
+def test_a_state_that_is_held_at_the_limit_has_no_gradient(variant):
+    """Forward and backward differentiated alike, where `torch.clamp` would pass one."""
+    gx, w_hh = torch.randn(3, 2, 12, dtype=F64), torch.randn(12, 4, dtype=F64)
+    h0, held = torch.full((2, 4), 0.25, dtype=F64), torch.zeros(3, 2, dtype=F64)
+
+    def last(h0):
+        return gru(gx, h0, w_hh, variant=variant, update_scale=held, clip=0.25)[1]
+
+    _, tangent = jvp(last, (h0,), (torch.ones_like(h0),))
+    _, pull = torch.func.vjp(last, h0)
+    assert_close(last(h0), h0)
+    assert not tangent.any() and not pull(torch.ones_like(h0))[0].any()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gx, h0, w: gru(gx, h0, w, resets=torch.ones(3, 2) > 0, reset_state=[0.0] * 4),
+        lambda gx, h0, w: gru(gx, h0.tolist(), w),
+        lambda gx, h0, w: TriGRU(5, 4).step([1.0]),
+        lambda gx, h0, w: TriGRU(5, 4).step(torch.zeros(5), 5),
+        lambda gx, h0, w: resets_from_cu_seqlens(torch.tensor([0, 5]), "5"),
+    ],
+)
+def test_what_is_no_tensor_and_no_number_is_named(call):
+    with pytest.raises(
+        TypeError, match=r"(h0|hx|x_t|reset_state) must be a tensor|T must be an int"
+    ):
+        call(torch.zeros(3, 2, 12), torch.zeros(2, 4), torch.zeros(12, 4))
+
+
+def test_a_clip_that_is_0_in_the_tensors_dtype_is_refused():
+    gx, h0, w_hh = (torch.zeros(*s, dtype=FP16) for s in ((3, 2, 12), (2, 4), (12, 4)))
+    with pytest.raises(ValueError, match=r"clip 1e-09 is 0 in torch\.float16"):
+        gru(gx, h0, w_hh, clip=1e-9)

@@ -146,7 +146,7 @@ def _gru_backward_kernel(
     CHUNKS: gl.constexpr = FORM.CHUNKS
     SUMS: gl.constexpr = 2 if TEXTBOOK else 1
     WAITED: gl.constexpr = 2 if TEXTBOOK else 3  # gates, after the last of them is published
-    # Make a step's factors, six an element, a step ahead, where there are few elements a thread.
+    # Make a step's factors, five to eight an element, a step ahead where a thread has few elements.
     EARLY: gl.constexpr = FORM.BLOCK_H * FORM.BLOCK_B <= 128 * FORM.WARPS
     AHEAD: gl.constexpr = 2 if EARLY else 1  # so many steps ahead is loaded
     L: gl.constexpr = FORM.out
@@ -378,9 +378,10 @@ def gru_backward(
     dreset_state = None if reset_state is None else y.new_empty(D, B, H)
     dscale = y.new_empty(0 if update_scale is None else y.shape)
     u = pad_hidden(w_hh, plan.H_pad, transposed=True)
-    h0_rows = aligned(h0.to(y.dtype).transpose(0, 1))  # as y's
-    before = None
-    if resets is not None:
+    h0_rows, before = h0, None
+    if resets is None:
+        h0_rows = aligned(h0.to(y.dtype).transpose(0, 1))  # as y's
+    else:
         before = reference.states_before(
             y, h0, offsets, reverse=reverse, bidirectional=bidirectional, heads=heads,
             resets=resets, reset_state=reset_state,
@@ -388,7 +389,7 @@ def gru_backward(
     walk = {"HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     arguments = (
         aligned(dy), dh_n, u, h0_rows, aligned(y), aligned(before), aligned(gates), dgh, dgx, dh0,
-        dreset_state, dscale, packed_resets(resets, offsets, B, plan, True, **walk),
+        dreset_state, dscale, packed_resets(resets, offsets, B, plan, against=True, **walk),
         aligned(update_scale), rounded(clip, y.dtype),
     )  # fmt: skip
     switches = {"TEXTBOOK": textbook, **walk}

@@ -492,7 +492,7 @@ def _settings(layer: TriGRU) -> dict[str, Any]:
     weight = layer.all_weights[0][0]
     names = (
         "input_size", "hidden_size", "bias", "batch_first", "bidirectional", "variant", "heads",
-        "learn_reset", "clip",
+        "learn_reset", "clip", "save",
     )  # fmt: skip
     settings = {name: getattr(layer, name) for name in names}
     return settings | {"dtype": weight.dtype, "device": weight.device}

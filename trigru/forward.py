@@ -363,8 +363,8 @@ def gru_forward(
     walk = {"HEADS": heads, "REVERSE": reverse, "BIDIRECTIONAL": bidirectional}
     arguments = (
         aligned(gx), pad_hidden(w_hh, plan.H_pad), b_hh, h0, y, rh, gates, h_n,
-        packed_resets(resets, offsets, B, plan, False, **walk), reset_state, aligned(update_scale),
-        rounded(clip, gx.dtype),
+        packed_resets(resets, offsets, B, plan, against=False, **walk), reset_state,
+        aligned(update_scale), rounded(clip, gx.dtype),
     )  # fmt: skip
     switches = {"TEXTBOOK": textbook, "SAVE": save, **walk}
     launch(_gru_forward_kernel, arguments, gx, offsets, shape, B, plan, **switches)

@@ -85,6 +85,7 @@ def packed_resets(
     offsets: Tensor | None,
     B: int,
     plan: LaunchPlan,
+    *,
     against: bool,
     **walk: int,
 ) -> Tensor | None:

@@ -54,8 +54,8 @@ class TriGRU(nn.RNNBase):
             kernel runs, PyTorch's own GRU, which keeps more, gives way to a slower loop.
 
     Input: (T, B, I), or (B, T, I) with batch_first, or (T, I) without a batch, or a PackedSequence;
-    and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 if
-    left out. And, by name:
+    and optionally hx (layers · directions, B, H), or (layers · directions, H) without a batch, 0 or
+    the reset state if left out. And, by name:
 
         resets: bool, as the input without its last dimension: (T, B), (B, T), (T,). Where true, the
             state that enters the step in each layer is 0 or `reset_state`; nothing of what lies
@@ -251,6 +251,9 @@ class TriGRU(nn.RNNBase):
                 "a bidirectional layer has no steps: its second direction begins at the end of the "
                 "sequence"
             )
+        for name, tensor in (("x_t", x_t), ("hx", hx)):
+            if not (isinstance(tensor, Tensor) or (name == "hx" and tensor is None)):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         batched = x_t.dim() == 2
         if not batched and x_t.dim() != 1:
             raise ValueError(f"GRU: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
@@ -644,6 +647,8 @@ def _rows_of(packed: PackedSequence, name: str, rows: Any) -> Any:
         )
     ours: Any = packed.sorted_indices
     theirs: Any = rows.sorted_indices
+    if ours is theirs:
+        return rows.data
     if rows.data.device != packed.data.device:
         return rows.data  # which is refused in its turn
     if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onnx, reference
 from .derivatives import LeanRecurrence, Recurrence, forward_mode
-from .launch import is_exact
+from .launch import is_exact, rounded
 from .plan import LaunchPlan, NoPlan, device_limits, plan_launch
 
 if importlib.util.find_spec("triton") is None:  # it exists for Linux only
@@ -99,6 +99,10 @@ def gru(
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if variant == "textbook" and b_hh is not None:
         raise ValueError("the textbook variant has one bias per gate: add b_hh to gx")
+    given = {"gx": gx, "h0": h0, "w_hh": w_hh, "b_hh": b_hh, "reset_state": reset_state}
+    for name, tensor in given.items():
+        if tensor is not None or name in ("gx", "h0", "w_hh"):
+            _expect_tensor(name, tensor)
     if gx.dim() != 3 or gx.shape[0] < 1 or gx.shape[2] < 3 or gx.shape[2] % 3:
         raise RuntimeError(
             f"gx must have shape (T, B, 3H) with T, H at least 1, got {tuple(gx.shape)}"
@@ -206,6 +210,8 @@ def resets_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, bidirectional: bool = 
     on a CUDA device waits for it, once. Where that cannot be, in a compiled function and while a
     CUDA graph is captured, an assertion on the device stands for it."""
     _expect_tensor("cu_seqlens", cu_seqlens)
+    if isinstance(T, bool) or not isinstance(T, int | torch.SymInt):
+        raise TypeError(f"T must be an int, got {type(T).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be of torch.int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
@@ -449,6 +455,10 @@ def _forward(
     # A graph that was traced brings whatever its user gives it.
     if gx.shape[-2:] != (D, 3 * H) or (offsets is None and gx.shape[1:-2] != (B,)):
         raise RuntimeError(f"gx {tuple(gx.shape)} and h0 {tuple(h0.shape)} do not go together")
+    if resets is not None and resets.dtype != torch.bool:
+        raise TypeError(f"resets must be of torch.bool, got {resets.dtype}")
+    if rounded(clip, gx.dtype) == 0:
+        raise ValueError(f"clip {clip} is 0 in {gx.dtype}")
     resets, reset_state, update_scale = map(_contiguous, (resets, reset_state, update_scale))
     walk: dict[str, Any] = {
         "textbook": textbook, "reverse": reverse, "bidirectional": bidirectional, "heads": heads,

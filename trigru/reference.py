@@ -143,7 +143,8 @@ def gru_forward(
             else:
                 h = (1 - z) * n + z * h
             if limit is not None:
-                h = torch.clamp(h, -limit, limit)
+                # At the limit no gradient passes: that it is there is all that a walk back sees.
+                h = torch.where(h >= limit, limit, torch.where(h <= -limit, -limit, h))
             y_d[t] = h
             if save:
                 gates_d[t] = torch.cat((rz, n) if textbook else (rz, n, gh_n), -1)
@@ -233,6 +234,7 @@ def gru_backward(
         _in_rows(t, offsets) for t in (dy, gates, before, dgates, y, resets, update_scale)
     )
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+    limit = None if clip is None else y.new_full((), clip)
     walked = []  # of each recurrence, as returned
     for d, dh in enumerate(dh_n.to(y.dtype)):
         w_rz, w_n = w_hh[d].split((2 * H, H))
@@ -251,8 +253,8 @@ def gru_backward(
             r, z, n, *gh_n = gates_d[t].unbind(-2)
             dr, dz, dn, *dgh_n = (0, 0, 0, 0) if dgates_d is None else dgates_d[t].unbind(-2)
             dh = dh[: steps[t]] if dy_d is None else dh[: steps[t]] + dy_d[t]
-            if clip is not None:
-                dh = torch.where(y_d[t].abs() >= y.new_full((), clip), 0, dh)
+            if limit is not None:
+                dh = torch.where(y_d[t].abs() >= limit, 0, dh)
             to_candidate = (n - h) * (z if textbook else 1 - z)
             scale = 1 if scale_d is None else scale_d[t]
             dscale_d[t] = dh * to_candidate

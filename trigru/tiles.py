@@ -176,7 +176,7 @@ def _pack_resets_kernel(
     n = gl.arange(0, BLOCK, L)
     for d in range(gl.program_id(2), D, gl.num_programs(2)):
         forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL) != AGAINST
-        words = words_ptr + (d.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * B
+        words = words_ptr + (d * gl.num_programs(0) + gl.program_id(0)) * B.to(gl.int64)
         first_row = gl.program_id(1).to(gl.int64) * rows
         for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):
             steps = steps_of_tile(offsets_ptr, row0, T, PACKED)

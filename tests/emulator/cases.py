@@ -21,7 +21,14 @@ DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32,
 }  # fmt: skip
 DIFFERENTIABLE = ("reset_state", "update_scale")  # of what nn.GRU does not have
-IN_ROWS = {"gx", "dy", "y", "dgx"}  # (…, D, width); the others are (D, …)
+IN_ROWS = {
+    "gx",
+    "dy",
+    "y",
+    "dgx",
+    "update_scale",
+    "dupdate_scale",
+}  # (…, D, width); the others are (D, …)
 WARPS = 4  # of a program of a small group
 
 
@@ -47,7 +54,9 @@ class Case:
     clip: float | None = None
     heads: int = 1
     loss: str = ""  # of "y" or "h_n" alone
-    carried: bool = False  # h0 in float32
+    carried: bool = (
+        False  # h0 in float32; the rule is that of one in 16 bits, h_n's bits are a test's
+    )
     batch_programs: int | None = None  # fewer than tiles: they follow one another
     directions: int | None = None  # of a launch
     poison: str = ""  # "nan", "inf" or "held" (an infinity that stays) in one row of `where`
@@ -328,8 +337,8 @@ def _clipped(case: Case, inputs: dict, cotangents: dict, emulator: Emulator) -> 
         products = _Tf32Products() if case.precision == "tf32" else nullcontext()
         with products:
             results = reference.gru_backward(
-                *(t.to(dtype) for t in saved), case.offsets, textbook=case.textbook, **case.walk,
-                **case.modifiers | {"clip": limit.item()}, **how,
+                *(t.to(dtype) for t in saved), case.offsets, textbook=case.textbook,
+                **case.walk | case.modifiers | {"clip": limit.item()} | how,
             )  # fmt: skip
         return {str(i): t for i, t in enumerate(results)}
 
@@ -339,14 +348,22 @@ def _clipped(case: Case, inputs: dict, cotangents: dict, emulator: Emulator) -> 
 
 def _yardsticks(case: Case, inputs: dict, cotangents: dict) -> tuple[dict, dict]:
     """Of float64, and of PyTorch; an ensemble's are those of its members, two by two."""
-    if case.D > 2 * case.heads:
-        parts = [
-            _yardsticks(replace(case, D=2), pair(inputs, d), pair(cotangents, d))
-            for d in range(0, case.D, 2)
-        ]
-        return tuple(_joined([part[i] for part in parts]) for i in (0, 1))
+    if case.D <= 2 * case.heads:
+        return _yardsticks_of(case, inputs, cotangents, case.modifiers)
+    parts = []
+    for d in range(0, case.D, 2):
+        modifiers = case.modifiers
+        if case.mask is not None:
+            modifiers["resets"] = case.mask[..., d : d + 2]
+        parts.append(_yardsticks_of(case, pair(inputs, d), pair(cotangents, d), modifiers))
+    return tuple(_joined([part[i] for part in parts]) for i in (0, 1))
+
+
+def _yardsticks_of(
+    case: Case, inputs: dict, cotangents: dict, modifiers: dict
+) -> tuple[dict, dict]:
     how = {"textbook": case.textbook, "reverse": case.reverse, "offsets": case.offsets}
-    how |= case.modifiers
+    how |= modifiers
     exact, yardstick = yardsticks(inputs, cotangents, **how)
     if case.precision == "tf32":
         with _Tf32Products():

@@ -178,7 +178,13 @@ def _never_written(
     The D recurrences may be those of several launches: each writes its part of the outputs. Of what
     is exchanged the last one knows whether the sentinel is left in anything but padding."""
     D, _, H = _state_shape(passed)
-    last = passed.get("first_direction", 0) + grid[2] == D
+    if "first_direction" not in passed:  # its one launch is of all recurrences
+        return [
+            f"output: {b.unwritten} of {b.name} were never written"
+            for b in buffers
+            if b.once and b.unwritten
+        ]
+    last = passed["first_direction"] + grid[2] == D
     found = []
     for b in buffers:
         if not b.once:
