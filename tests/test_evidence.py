@@ -54,6 +54,7 @@ def sm_90(monkeypatch, tmp_path):
     for module, name in (
         (ahead.forward, "_gru_forward_kernel"),
         (ahead.backward, "_gru_backward_kernel"),
+        (ahead.tiles, "_pack_resets_kernel"),
         (ahead.floor_kernels, "_exchange_kernel"),
     ):
         kernel = getattr(module, name)

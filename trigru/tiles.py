@@ -154,7 +154,10 @@ def walks_forwards(d, HEADS: gl.constexpr, REVERSE: gl.constexpr, BIDIRECTIONAL:
 # word w is of step 32 w + k there, of step 32 w + k − 1 here, and both want the bits 1 … 32.
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["T", "B", "rows"],
+    do_not_specialize_on_alignment=["resets_ptr", "words_ptr", "offsets_ptr"],
+)
 def _pack_resets_kernel(
     resets_ptr,  # [N, D]
     words_ptr,  # [D, words, B]
