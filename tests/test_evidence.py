@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import compile_only
@@ -82,6 +83,18 @@ def test_what_is_compiled_ahead_is_what_is_launched(sm_90, tmp_path, variant):
     for kernel in found:
         ahead.compile_kernel(kernel, CPU, T=7, B=33)
     assert len(list(tmp_path.rglob("*.cubin"))) == 3
+
+
+def test_resets_are_packed_by_one_kernel(sm_90, tmp_path):
+    """Whatever T and B, and wherever the mask begins in memory."""
+    plan = ops.plan_launch(
+        TARGETS[90], B=1, H=64, D=1, itemsize=2, backward=False, textbook=False
+    )  # fmt: skip
+    for T, B, begin in ((1, 1, 0), (33, 16, 0), (64, 7, 1)):
+        mask = torch.zeros(T * B + begin, dtype=torch.bool)[begin:].view(T, B, 1)
+        walk = {"HEADS": 1, "REVERSE": False, "BIDIRECTIONAL": False}
+        launch.packed_resets(mask, None, B, replace(plan, rows=min(B, 8)), False, **walk)
+    assert [path.stem for path in tmp_path.rglob("*.cubin")] == ["_pack_resets_kernel"]
 
 
 def test_what_measures_floors_is_compiled_ahead(sm_90, tmp_path):
@@ -162,7 +175,7 @@ def test_packed_kernels_are_compiled_ahead_for_packed_shapes(monkeypatch):
     packed = Case("torch", "bf16", T=50, B=20, I=64, H=64, packed=True)
     launched = []
 
-    def launch(kernel, arguments, offsets, *_, **__):
+    def launch(kernel, arguments, like, offsets, *_, **__):
         launched.append(offsets)
 
     for module in (ahead.forward, ahead.backward):
