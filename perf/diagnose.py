@@ -144,9 +144,13 @@ def launched(trial: Trial, problem: Problem) -> dict[str, Tensor]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     raise_if_failed(device)
-    return dict(
-        zip(RESULTS[trial.walk], results, strict=False)
-    )  # no modifiers, no gradients of them
+    return named(trial, results)
+
+
+def named(trial: Trial, results: tuple) -> dict[str, Tensor]:
+    """By name; the walk back's gradients of what trials do not have come last, and are empty."""
+    names = RESULTS[trial.walk]
+    return dict(zip(names, results[: len(names)], strict=True))
 
 
 def references(trial: Trial, problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -155,10 +159,9 @@ def references(trial: Trial, problem: Problem) -> tuple[dict[str, Tensor], dict[
         reference.gru_forward if trial.walk == "forward" else reference.gru_backward
     )
     doubles = {name: None if t is None else t.double() for name, t in problem.given.items()}
-    names = RESULTS[trial.walk]
-    exact = dict(zip(names, function(**doubles, **problem.switches), strict=False))
+    exact = named(trial, function(**doubles, **problem.switches))
     with accuracy.products_as_in_rnns():
-        own = dict(zip(names, function(**problem.given, **problem.switches), strict=False))
+        own = named(trial, function(**problem.given, **problem.switches))
     return exact, own
 
 

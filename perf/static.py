@@ -52,8 +52,8 @@ DEVICES = {
 
 COLUMNS = (
     "kind", "device", "sm", "clock_mhz", "kernel_hash", "dtype", "variant", "pass", "H", "B",
-    "regime", "BLOCK_H", "rows", "warps", "grid", "rounds", "clocks", "clocks_low", "clocks_high",
-    "us_per_step", "registers", "spills", "shared_bytes", "barriers", "instructions",
+    "resets", "regime", "BLOCK_H", "rows", "warps", "grid", "rounds", "clocks", "clocks_low",
+    "clocks_high", "us_per_step", "registers", "spills", "shared_bytes", "barriers", "instructions",
 )  # fmt: skip
 
 
@@ -65,14 +65,17 @@ class Kernel(NamedTuple):
     backward: bool
     H: int
     B: int
+    resets: bool = False
 
 
 def kernels() -> Iterator[Kernel]:
-    """All rows, device by device."""
+    """All rows, device by device; of the first one also those of kernels with resets."""
     for sm, variant in product(DEVICES, VARIANTS):
         shapes = TEXTBOOK_SHAPES if variant == "textbook" else SHAPES
         for (H, B), backward in product(shapes, (False, True)):
             yield Kernel(sm, variant, backward, H, B)
+            if sm == 90:
+                yield Kernel(sm, variant, backward, H, B, resets=True)
 
 
 def write_static(path: Path) -> None:
@@ -92,13 +95,13 @@ def row_of(kernel: Kernel) -> dict[str, Any]:
         limits, B=kernel.B, H=kernel.H, D=1, itemsize=DTYPE.itemsize, backward=kernel.backward,
         textbook=textbook,
     )  # fmt: skip
-    compiled, step = estimated(kernel.sm, plan, kernel.backward, textbook)
+    compiled, step = estimated(kernel.sm, plan, kernel.backward, textbook, resets=kernel.resets)
     repeated = plan.rounds(kernel.B)
     return {
         "kind": KIND, "device": limits.name, "sm": kernel.sm, "clock_mhz": device.mhz,
         "kernel_hash": kernel_hash(), "dtype": "bf16", "variant": kernel.variant,
         "pass": "backward" if kernel.backward else "forward", "H": kernel.H, "B": kernel.B,
-        "regime": plan.regime, "BLOCK_H": plan.BLOCK_H,
+        "resets": int(kernel.resets), "regime": plan.regime, "BLOCK_H": plan.BLOCK_H,
         "rows": plan.rows, "warps": plan.num_warps,
         "grid": "x".join(map(str, plan.grid(kernel.B))), "rounds": repeated,
         "clocks": round(step.clocks), "clocks_low": round(step.low),

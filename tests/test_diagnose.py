@@ -73,11 +73,11 @@ def test_swapped_gates_of_one_variant_and_dtype(lab, capsys, walk, regime):
     def fault(results, of, plan, textbook):
         if not textbook or of.dtype != BF16 or plan.regime != regime:
             return results
-        first, second, third = results
+        first, second, third, *others = results
         if walk == "forward":
             return first, second, third[..., [1, 0, 2], :]
         r, z, n = first.chunk(3, -1)
-        return torch.cat((z, r, n), -1), second, third
+        return torch.cat((z, r, n), -1), second, third, *others
 
     lab.plant(walk, fault)
     assert not lab.run()

@@ -103,6 +103,23 @@ def test_each_check_finds_its_fault(lines, how, finding):
     assert finding in found and bool(found) == bool(finding), found
 
 
+@pytest.mark.parametrize("sign", ["s", "u"])
+def test_a_conversion_takes_a_wide_register_s_lower_half(sign):
+    """Each lane its own: in a wide register, whose lanes are twice as far apart, too."""
+    memory = torch.zeros(32, dtype=torch.int64)
+    buffer = Buffer(0x7F00_0000_0000, memory.data_ptr(), 256, "a_ptr")
+    text = ptx(
+        "ld.param.b64 %rd1, [a_ptr]", "mov.u32 %r1, %tid.x", "mul.wide.u32 %rd2, %r1, 8",
+        "add.s64 %rd3, %rd1, %rd2", "sub.s32 %r2, %r1, 3", "cvt.u64.u32 %rd4, %r2",
+        "shl.b64 %rd5, %rd2, 33", "or.b64 %rd4, %rd4, %rd5", f"cvt.{sign}64.{sign}32 %rd6, %rd4",
+        "st.global.b64 [%rd3], %rd6",
+    )  # fmt: skip
+    result = run(text, "k", (1, 1, 1), 32, 0, [buffer.address], [buffer], seed=0)
+    expected = torch.arange(32) - 3
+    assert not result.findings
+    assert memory.tolist() == (expected if sign == "s" else expected % 2**32).tolist()
+
+
 HAND_OVER = """.reg .pred p;
 ld.param.b64 %rd1, [a_ptr];
 mov.u32 %r1, %ctaid.x;

@@ -84,7 +84,8 @@ def test_a_launch_asks_for_fused_multiplications(monkeypatch):
             return lambda *args, **kwargs: asked.append(kwargs)
 
     plan = plan_launch(TARGETS[90], B=3, H=32, D=1, itemsize=4, backward=False, textbook=False)
-    launch.launch(Kernel(), (torch.zeros(5, 3),), None, (5, 3), 3, plan)
+    gx = torch.zeros(5, 3)
+    launch.launch(Kernel(), (gx,), gx, None, (5, 3), 3, plan)
     assert asked[0]["enable_fp_fusion"] is True and asked[0]["num_stages"] == 1
     monkeypatch.delattr(CUDAOptions, "enable_fp_fusion")
     assert launch.compile_options.__wrapped__() == {"num_stages": 1}

@@ -10,12 +10,16 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_quick_start_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(code.strip().splitlines()) <= 10
-    exec(code, {})
+def test_quick_start_and_what_goes_on_from_it_run(capsys):
+    start, *others = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert all(len(code.strip().splitlines()) <= 12 for code in (start, *others))
+    names = {}
+    exec(start, names)
     shapes = "torch.Size([100, 16, 512]) torch.Size([4, 16, 256]) torch.Size([100, 16, 256])"
     assert capsys.readouterr().out.strip() == shapes
+    assert len(others) == 1
+    exec(others[0], names)
+    assert capsys.readouterr().out.strip() == "torch.Size([16, 64]) torch.Size([2, 16, 64])"
 
 
 def test_two_commands():

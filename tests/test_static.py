@@ -45,4 +45,4 @@ def test_a_row():
 def test_every_device_has_its_rows():
     rows = list(static.kernels())
     assert list(dict.fromkeys(k.sm for k in rows)) == [90, 80, 86, 120] == list(DEVICES)
-    assert len(set(rows)) == len(rows) == 4 * 2 * (len(static.SHAPES) + 1)
+    assert len(set(rows)) == len(rows) == (4 + 1) * 2 * (len(static.SHAPES) + 1)

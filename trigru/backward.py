@@ -66,9 +66,8 @@ def _fetch_step(dy_ptr, gates_ptr, before_ptr, y_ptr, h0_ptr, scale_ptr, clip, r
 
 
 @gluon.jit
-def _factors(saved, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
-             HAS_DY: gl.constexpr, SCALED: gl.constexpr,
-             FORM: gl.constexpr):  # fmt: skip
+def _factors(saved, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr, HAS_DY: gl.constexpr,
+             SCALED: gl.constexpr, FORM: gl.constexpr):  # fmt: skip
     """All of a step that does not depend on dh: what makes of dh (textbook: da_r of d(r ⊙ h)) da_r,
     da_z and dgh_n; then, torch: da_n, and what of dh goes past the gates; textbook: what of
     d(r ⊙ h) goes to the state before, and what of dh. And dy, what makes of dh the scale's
@@ -104,9 +103,7 @@ def _factors(saved, clip, dtype: gl.constexpr, TEXTBOOK: gl.constexpr,
 
 
 @gluon.jit(do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
-           do_not_specialize_on_alignment=[
-               "dh_n_ptr", "offsets_ptr",
-           ])  # fmt: skip
+           do_not_specialize_on_alignment=["dh_n_ptr", "offsets_ptr"])  # fmt: skip
 def _gru_backward_kernel(
     dy_ptr,  # [N, D, H]           or None for 0
     dh_n_ptr,  # [D, B, H]           or None for 0
@@ -169,19 +166,8 @@ def _gru_backward_kernel(
     # Against the direction of the forward pass.
     forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL)
     step = gl.where(forwards, -1, 1)
-    if HAS_DY:
-        dy_ptr += d * H
-    if RESETS:
-        resets_ptr += d * ((T + 31) // 32 + 1) * B
-    own_dscale = 0
-    if SCALED:
-        scale_ptr += d * H
-        dscale_ptr += d * H
-        own_dscale = own_offsets(unit, D * H, L, FORM)
     h0_ptr += d * H
     y_ptr += d * H
-    if RESETS:
-        before_ptr += d * H
     gates_ptr += d * (G * H)
     dgh_ptr += d * (3 * H_ROW)
     dgx_ptr += d * (3 * H)
@@ -190,6 +176,16 @@ def _gru_backward_kernel(
     own_dgh = own_offsets(unit, D * 3 * H_ROW, L, FORM)
     own_dgx = own_offsets(unit, D * 3 * H, L, FORM)
     own_h = own_offsets(unit, H, L, FORM)
+    if HAS_DY:
+        dy_ptr += d * H
+    if RESETS:
+        resets_ptr += d * ((T + 31) // 32 + 1) * B
+        before_ptr += d * H
+    own_dscale = 0
+    if SCALED:
+        scale_ptr += d * H
+        dscale_ptr += d * H
+        own_dscale = own_offsets(unit, D * H, L, FORM)
 
     first_row = gl.program_id(1).to(gl.int64) * rows
     for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):  # batch tiles in turn
@@ -218,8 +214,8 @@ def _gru_backward_kernel(
         for k in gl.static_range(AHEAD):
             saved = _fetch_step(
                 dy_ptr, gates_ptr, before_ptr, y_ptr, h0, scale_ptr, clip, load_row, load_running,
-                after_row, after_running, steps - k, in_tile_in, n_row_in, own_y,
-                own_gates, D, TEXTBOOK, PACKED, FORM,
+                after_row, after_running, steps - k, in_tile_in, n_row_in, own_y, own_gates, D,
+                TEXTBOOK, PACKED, FORM,
             )  # fmt: skip
             if k + 1 < AHEAD:
                 f = _factors(saved, clip, dtype, TEXTBOOK, HAS_DY, SCALED, FORM)

@@ -44,14 +44,8 @@ def _fetch_input(gx_ptr, scale_ptr, row, own_gx, own_scale, mask, D: gl.constexp
 
 @gluon.jit(
     do_not_specialize=["T", "B", "rows", "wait_limit", "first_direction"],
-    # Read once a launch, and often from a view, or by bytes: any offset is the same kernel.
-    do_not_specialize_on_alignment=[
-        "b_hh_ptr",
-        "h0_ptr",
-        "resets_ptr",
-        "reset_state_ptr",
-        "offsets_ptr",
-    ],
+    # Read once a launch, and often from a view: any offset is the same kernel.
+    do_not_specialize_on_alignment=["b_hh_ptr", "h0_ptr", "reset_state_ptr", "offsets_ptr"],
 )
 def _gru_forward_kernel(
     gx_ptr,  # [N, D, 3, H]     input projection of the gates r, z, n
@@ -209,9 +203,8 @@ def _gru_forward_kernel(
                             state = (states[half],)
                         else:
                             source = y_ptr + before * (D * H_ROW) + awaited
-                            if (
-                                PACKED
-                            ):  # of sequences that begin with this step h0 is the state before
+                            if PACKED:
+                                # Of sequences that begin with this step h0 is the state before.
                                 at = awaited_rows(gl.minimum(running, real) - 1, FORM)
                                 rows_before = gl.where(at < running_before, before, N + row0) + at
                                 if RESETS:

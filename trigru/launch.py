@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import LaunchPlan
+from .plan import MAX_GRID, LaunchPlan
 
 # After so many looks at what is not there a wait gives up: some seconds, as one takes a few tenths
 # of a microsecond. Those after it in the same launch give up soon.
@@ -98,8 +98,9 @@ def packed_resets(
     T = resets.shape[0] if offsets is None else len(offsets) - 1
     D, words = resets.shape[-1], -(-T // 32) + 1
     packed = resets.new_empty((D, words, B), dtype=torch.int32)
+    grid = words, min(-(-B // plan.rows), MAX_GRID), min(D, MAX_GRID)
     with on_device(resets.device):
-        tiles._pack_resets_kernel[(words, -(-B // plan.rows), D)](
+        tiles._pack_resets_kernel[grid](
             resets.view(torch.uint8), packed, offsets, T, B, plan.rows, D=D, **walk,
             AGAINST=against, BLOCK=plan.BLOCK_B, num_warps=1,
         )  # fmt: skip

@@ -468,27 +468,37 @@ class TriGRU(nn.RNNBase):
             reset = None
             if resets is not None and reset_state is not None:
                 reset = reset_state[layer * D : (layer + 1) * D]
-            kinds: list[Any] = [w.get(kind) for kind in _KINDS]
-            w_ih, w_hh, b_ih, b_hh = kinds
-            if heads > 1:  # (D, …) as (D heads, …), a head's gates together
-                w_ih, b_ih, b_hh = (_gates_of_heads(t, heads) for t in (w_ih, b_ih, b_hh))
-                w_hh = w_hh.flatten(0, 1)
-                h0 = h0.unflatten(-1, (heads, -1)).movedim(2, 1).flatten(0, 1)
-                reset = None if reset is None else reset.reshape(D * heads, -1)
-            made_of = x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten()
-            with torch.no_grad() if lean else nullcontext():
-                gx = F.linear(*made_of)
-            y, h = ops.recurrence(
-                gx.unflatten(-1, (D * heads, -1)), h0, w_hh, b_hh, offsets, resets, reset,
-                update_scale, textbook=textbook, heads=heads, clip=self.clip,
-                made_of=made_of if lean else None,
-            )  # fmt: skip
-            x = y.flatten(-2)
-            if heads > 1:  # (D, B, H)
-                h = h.unflatten(0, (D, heads)).movedim(1, 2).flatten(2)
+            x, h = self._run_layer(x, h0, w, offsets, resets, reset, update_scale, lean)
             h_n.append(h)
         output = x.transpose(0, 1) if self.batch_first and batch_sizes is None else x
         return output, h_n[0] if len(h_n) == 1 else torch.cat(h_n)
+
+    def _run_layer(
+        self, x: Tensor, h0: Tensor, weights: dict[str, Tensor], offsets: Tensor | None,
+        resets: Tensor | None, reset_state: Any, update_scale: Tensor | None, lean: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x (T, B, I) or (N, I), h0 (D, B, H) → y (T, B, D · H) or (N, D · H), h_n (D, B, H).
+
+        lean: keep x and y for the backward, and no gates."""
+        D, heads = len(h0), self.heads
+        kinds: list[Any] = [weights.get(kind) for kind in _KINDS]
+        w_ih, w_hh, b_ih, b_hh = kinds
+        if heads > 1:  # (D, …) as (D heads, …), a head's gates together
+            w_ih, b_ih, b_hh = (_gates_of_heads(t, heads) for t in (w_ih, b_ih, b_hh))
+            w_hh = w_hh.flatten(0, 1)
+            h0 = h0.unflatten(-1, (heads, -1)).movedim(2, 1).flatten(0, 1)
+            reset_state = None if reset_state is None else reset_state.reshape(D * heads, -1)
+        made_of = x, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten()
+        with torch.no_grad() if lean else nullcontext():
+            gx = F.linear(*made_of)
+        y, h_n = ops.recurrence(
+            gx.unflatten(-1, (D * heads, -1)), h0, w_hh, b_hh, offsets, resets, reset_state,
+            update_scale, textbook=self.variant == "textbook", heads=heads, clip=self.clip,
+            made_of=made_of if lean else None,
+        )  # fmt: skip
+        if heads > 1:
+            h_n = h_n.unflatten(0, (D, heads)).movedim(1, 2).flatten(2)
+        return y.flatten(-2), h_n
 
     def _layer_weights(self, weights: list[Tensor], layer: int) -> dict[str, Tensor]:
         """One layer's weights by kind, those of its directions stacked: (D, 3H, …)."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VECTOR_BYTES = 16  # what one load instruction of one thread moves at the most
-MAX_GRID_Z = 65_535  # CUDA's limit
+MAX_GRID = 65_535  # CUDA's limit, but along x
 MIN_CAPABILITY = (8, 0)  # tensor cores for bf16 and TF32
 MAX_SOLO_ROW_BYTES = 256  # of U: H up to 128 in 16 bit, 64 in 32 bit, where more would spill
 # Of U and of an awaited tile together, what a thread of a latency group can hold in registers; what
@@ -182,7 +182,7 @@ def spread(plan: LaunchPlan, limits: DeviceLimits, B: int) -> LaunchPlan | None:
         return None
     directions = min(plan.D, limits.sm_count // plan.programs)
     if plan.solo:  # nobody waits: a grid may be larger than the device
-        directions = min(plan.D, MAX_GRID_Z)
+        directions = min(plan.D, MAX_GRID)
     at_once = max(1, limits.sm_count // (plan.programs * directions))
     rounds = max(1, -(-B // (at_once * plan.BLOCK_B)))
     rows = max(1, -(-B // (at_once * rounds)))

@@ -154,10 +154,8 @@ def walks_forwards(d, HEADS: gl.constexpr, REVERSE: gl.constexpr, BIDIRECTIONAL:
 # word w is of step 32 w + k there, of step 32 w + k − 1 here, and both want the bits 1 … 32.
 
 
-@gluon.jit(
-    do_not_specialize=["T", "B", "rows"],
-    do_not_specialize_on_alignment=["resets_ptr", "words_ptr", "offsets_ptr"],
-)
+@gluon.jit(do_not_specialize=["T", "B", "rows"],
+           do_not_specialize_on_alignment=["resets_ptr", "words_ptr", "offsets_ptr"])  # fmt: skip
 def _pack_resets_kernel(
     resets_ptr,  # [N, D]
     words_ptr,  # [D, words, B]
@@ -172,24 +170,25 @@ def _pack_resets_kernel(
     AGAINST: gl.constexpr,  # the direction of the forward pass
     BLOCK: gl.constexpr,
 ):
-    """One word of a batch tile's sequences."""
+    """One word of each sequence of a batch tile."""
     PACKED: gl.constexpr = offsets_ptr is not None
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    d = gl.program_id(2)
-    row0 = gl.program_id(1).to(gl.int64) * rows
     n = gl.arange(0, BLOCK, L)
-    steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
-    forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL) != AGAINST
-    word = gl.zeros([BLOCK], gl.int32, L)
-    for bit in range(32):
-        step = 32 * gl.program_id(0) + bit - (1 if AGAINST else 0)
-        t = gl.where(forwards, step, steps - 1 - step)
-        row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
-        mask = (n < gl.minimum(rows, running)) & (step >= 0) & (step < steps)
-        is_reset = gl.load(resets_ptr + (row + n) * D + d, mask=mask, other=0) != 0
-        word |= is_reset.to(gl.int32) << bit
-    words_ptr += (d.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * B + row0
-    gl.store(words_ptr + n, word, mask=n < gl.minimum(rows, B - row0))
+    for d in range(gl.program_id(2), D, gl.num_programs(2)):
+        forwards = walks_forwards(d, HEADS, REVERSE, BIDIRECTIONAL) != AGAINST
+        words = words_ptr + (d.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * B
+        first_row = gl.program_id(1).to(gl.int64) * rows
+        for row0 in range(first_row, B, gl.num_programs(1).to(gl.int64) * rows):
+            steps = steps_of_tile(offsets_ptr, row0, T, PACKED)
+            word = gl.zeros([BLOCK], gl.int32, L)
+            for bit in range(32):
+                step = 32 * gl.program_id(0) + bit - (1 if AGAINST else 0)
+                t = gl.where(forwards, step, steps - 1 - step)
+                row, running = rows_of_step(offsets_ptr, t, row0, T, B, PACKED)
+                mask = (n < gl.minimum(rows, running)) & (step >= 0) & (step < steps)
+                is_reset = gl.load(resets_ptr + (row + n) * D + d, mask=mask, other=0) != 0
+                word |= is_reset.to(gl.int32) << bit
+            gl.store(words + row0 + n, word, mask=n < gl.minimum(rows, B - row0))
 
 
 @gluon.jit

@@ -57,6 +57,8 @@ def _calls() -> Iterator[Case]:
             yield Case(*of, H, 20, 7, form=form, resets="zero", D=2, lengths=RAGGED)
             yield Case(*of, H, 5, 40, form=form, resets="zero", reverse=True, loss="y")
             yield Case(*of, H, 5, 3, form=form, D=4, heads=2, resets="learned", loss="h_n")
+            if precision == "bf16":
+                yield Case(*of, H, 5, 4, form=form, carried=True)
         for form in FORMS:
             if can_have(sm, precision, form):
                 H = 60 if "solo" in form else 256
