@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trigru import backward, forward, reference
+from trigru import backward, forward, reference, tiles
 from trigru.__main__ import computed, problems
 from trigru.accuracy import problem
 from trigru.launch import is_exact
@@ -242,6 +242,7 @@ def compile_only() -> None:
     """From here on the launches of this process's kernels compile them and nothing more."""
     forward._gru_forward_kernel = CompileOnly(forward._gru_forward_kernel)
     backward._gru_backward_kernel = CompileOnly(backward._gru_backward_kernel)
+    tiles._pack_resets_kernel = CompileOnly(tiles._pack_resets_kernel)
     floor_kernels._exchange_kernel = CompileOnly(floor_kernels._exchange_kernel)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import compile_only
@@ -54,6 +55,7 @@ def sm_90(monkeypatch, tmp_path):
     for module, name in (
         (ahead.forward, "_gru_forward_kernel"),
         (ahead.backward, "_gru_backward_kernel"),
+        (ahead.tiles, "_pack_resets_kernel"),
         (ahead.floor_kernels, "_exchange_kernel"),
     ):
         kernel = getattr(module, name)
@@ -81,6 +83,18 @@ def test_what_is_compiled_ahead_is_what_is_launched(sm_90, tmp_path, variant):
     for kernel in found:
         ahead.compile_kernel(kernel, CPU, T=7, B=33)
     assert len(list(tmp_path.rglob("*.cubin"))) == 3
+
+
+def test_resets_are_packed_by_one_kernel(sm_90, tmp_path):
+    """Whatever T and B, and wherever the mask begins in memory."""
+    plan = ops.plan_launch(
+        TARGETS[90], B=1, H=64, D=1, itemsize=2, backward=False, textbook=False
+    )  # fmt: skip
+    for T, B, begin in ((1, 1, 0), (33, 16, 0), (64, 7, 1)):
+        mask = torch.zeros(T * B + begin, dtype=torch.bool)[begin:].view(T, B, 1)
+        walk = {"HEADS": 1, "REVERSE": False, "BIDIRECTIONAL": False}
+        launch.packed_resets(mask, None, B, replace(plan, rows=min(B, 8)), False, **walk)
+    assert [path.stem for path in tmp_path.rglob("*.cubin")] == ["_pack_resets_kernel"]
 
 
 def test_what_measures_floors_is_compiled_ahead(sm_90, tmp_path):

@@ -1,13 +1,24 @@
 """The kernels on a real device: numbers by the tolerance rule, with cuDNN as the yardstick."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from numerics import assert_within_rule
 from torch import nn
 
-from trigru import TriGRU, backward, forward, gru, launch, ops
+from trigru import (
+    TriGRU,
+    backward,
+    forward,
+    gru,
+    launch,
+    ops,
+    reference,
+    resets_from_cu_seqlens,
+    tiles,
+)
 from trigru.accuracy import (
     differentiate,
     problem,
@@ -43,6 +54,10 @@ SHAPES = [  # T, B, D, H
     (3, 1500, 1, 64),  # tiles of 16 and 32 rows where one program has all of U
     (3, 2500, 1, 128),
 ]
+REGIMES = pytest.mark.parametrize(
+    "B, H", [(1100, 64), (16, 512), (2000, 256)], ids=["solo", "latency", "throughput"]
+)
+EVERYTHING = ("resets", "reset_state", "update_scale")
 
 
 @pytest.fixture(params=[True, False], ids=["tf32", "ieee"])
@@ -53,11 +68,26 @@ def tf32(request):
     torch.backends.cudnn.rnn.fp32_precision = before
 
 
-def run(inputs, cotangents, *, textbook, reverse=False, offsets=None):
-    def recurrence(gx, h0, w_hh, b_hh):
-        return ops.recurrence(gx, h0, w_hh, b_hh, offsets, textbook=textbook, reverse=reverse)
+def run(inputs, cotangents, **how):
+    return differentiate(partial(ops.recurrence, **how), inputs, cotangents)
 
-    return differentiate(recurrence, inputs, cotangents)
+
+def make_resets(gx, probability=0.2):
+    """Random ones for this input (T, B, D, 3H) or (N, D, 3H)."""
+    return torch.rand(gx.shape[:-1], device=gx.device) < probability
+
+
+def modified(inputs, names):
+    """The inputs with those of the modifiers that are differentiable, and the other ones."""
+    gx, h0 = inputs["gx"], inputs["h0"]
+    made = {
+        "reset_state": torch.randn_like(h0[:, 0]),
+        "update_scale": torch.rand_like(gx[..., : h0.shape[-1]]),
+        "resets": make_resets(gx),
+    }
+    made = {name: made[name] for name in names}
+    resets = made.pop("resets", None)
+    return inputs | made, {} if resets is None else {"resets": resets}
 
 
 def in_float64(module, *arguments):
@@ -68,6 +98,7 @@ def in_float64(module, *arguments):
 
 
 KERNELS_ALONE = ("y", "h_n", "dgx", "dh0")  # no product of cuBLAS has a part in these
+GRADIENTS = ("dgx", "dgh", "dh0", "dreset_state", "dupdate_scale")  # of the walk back
 
 
 def assert_same(actual, expected, exact):
@@ -171,14 +202,16 @@ def test_reversed(H, textbook):
     [(BF16, 37, 2, 64), (BF16, 200, 1, 512), (FP16, 20, 2, 1000), (FP32, 70, 1, 300)],
     ids=str,
 )
-def test_packed(dtype, B, D, H, textbook):
+@pytest.mark.parametrize("names", [(), EVERYTHING], ids=["", "modified"])
+def test_packed(names, dtype, B, D, H, textbook):
     lengths = torch.randint(1, 40, (B,)).sort(descending=True).values
     running = (lengths > torch.arange(int(lengths[0]))[:, None]).sum(1)
     offsets = nn.functional.pad(running.cumsum(0), (1, 0)).to(DEVICE)
     how = {"textbook": textbook, "offsets": offsets}
     inputs, cotangents = problem(0, B, D, H, dtype=dtype, device=DEVICE, **how)
-    exact, yardstick = yardsticks(inputs, cotangents, **how)
-    assert_within_rule(run(inputs, cotangents, **how), exact, yardstick)
+    inputs, modifiers = modified(inputs, names)
+    actual = run(inputs, cotangents, **how, **modifiers)
+    assert_within_rule(actual, *yardsticks(inputs, cotangents, **how, **modifiers))
 
 
 def test_packed_sequences_in_a_graph_are_refused():
@@ -256,9 +289,11 @@ def at_odd_offset(tensor):
 
 
 def kernels_compiled():
-    """How many this process has, of both passes."""
+    """How many this process has, of both passes and of what packs resets for them."""
     device = torch.cuda.current_device()
-    kernels = forward._gru_forward_kernel, backward._gru_backward_kernel
+    kernels = (
+        forward._gru_forward_kernel, backward._gru_backward_kernel, tiles._pack_resets_kernel,
+    )  # fmt: skip
     return [len(kernel.device_caches[device][0]) for kernel in kernels]
 
 
@@ -523,3 +558,216 @@ def test_beyond_the_device_falls_back_and_says_so():
     with without_cudnn():
         theirs, _ = layer.to_torch()(x)
     assert_within_rule({"y": y}, {"y": in_float64(layer, x)}, {"y": theirs})
+
+
+# ------------------------------------------------------------ resets, scales, clips, heads, chunks
+
+
+@VARIANTS
+@REGIMES
+@pytest.mark.parametrize(
+    "dtype, D, heads, names",
+    [
+        (BF16, 1, 1, ("resets",)),
+        (FP32, 2, 1, ("resets", "reset_state")),
+        (FP16, 2, 2, ("update_scale",)),
+        *((dtype, 4, 2, EVERYTHING) for dtype in NAMES.values()),
+    ],
+    ids=str,
+)
+def test_modified_numbers(dtype, D, heads, names, B, H, textbook):
+    """Two heads of one direction, and of both; more than 32 steps, whose resets are one word."""
+    inputs, cotangents = problem(
+        5 if B == 2000 else 37, B, D, H, textbook=textbook, dtype=dtype, device=DEVICE
+    )
+    inputs, modifiers = modified(inputs, names)
+    how = {"textbook": textbook, **modifiers} | ({"heads": heads} if heads > 1 else {})
+    actual = run(inputs, cotangents, **how)
+    assert_within_rule(actual, *yardsticks(inputs, cotangents, **how))
+
+
+@VARIANTS
+@pytest.mark.parametrize(
+    "dtype, B, H", [(FP16, 1100, 64), (BF16, 16, 512), (FP32, 2000, 256)], ids=str
+)
+def test_clipped(dtype, B, H, textbook):
+    """A state next to the clip may be rounded to it or not, which the gradients show: those that
+    come of the same saved tensors are compared."""
+    inputs, cotangents = problem(9, B, 1, H, textbook=textbook, dtype=dtype, device=DEVICE)
+    limit, how = launch.rounded(0.3, dtype), {"textbook": textbook, "clip": 0.3}
+    switches = textbook, False, False, 1, 0.3  # and no modifiers before them
+    y, h_n, gates = torch.ops.trigru.forward(*inputs.values(), *[None] * 4, *switches, True)
+    assert y.abs().max() == limit
+    results = {"y": y, "h_n": h_n}
+    exact, yardstick = yardsticks(inputs, cotangents, **how)
+    assert_within_rule(results, *({k: of[k] for k in results} for of in (exact, yardstick)))
+
+    saved = *cotangents.values(), inputs["h0"], inputs["w_hh"], y, gates
+    back = torch.ops.trigru.backward(*saved, *[None] * 4, *switches)
+
+    def theirs(dtype):
+        with products_as_in_rnns():
+            results = reference.gru_backward(
+                *(t.to(dtype) for t in saved), **WALK | how | {"clip": limit}
+            )
+        return dict(zip(GRADIENTS, results, strict=True))
+
+    actual = dict(zip(GRADIENTS, back, strict=True))
+    assert_within_rule(actual, theirs(torch.float64), theirs(dtype))
+
+
+@VARIANTS
+@REGIMES
+def test_another_mask_compiles_nothing_and_is_waited_for_by_nobody(B, H, textbook):
+    """In a graph, whose capture refuses to wait, forward and backward."""
+    inputs, cotangents = problem(9, B, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
+    masks = [make_resets(inputs["gx"], p) for p in (0.2, 0.5, 0, 1)]
+    resets = at_odd_offset(masks[0])
+
+    def both_ways(resets):
+        with torch.no_grad():
+            y, _ = ops.recurrence(**inputs, textbook=textbook, resets=resets)
+        return y, run(inputs, cotangents, textbook=textbook, resets=resets)
+
+    both_ways(resets)
+    before = kernels_compiled()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed, trained = both_ways(resets)
+    for mask in masks:
+        resets.copy_(mask)
+        graph.replay()
+        expected, actual = both_ways(mask)
+        exact, yardstick = yardsticks(inputs, cotangents, textbook=textbook, resets=mask)
+        assert_within_rule(actual, exact, yardstick)
+        assert torch.equal(replayed, expected)
+        assert_same(trained, actual, exact)
+    assert kernels_compiled() == before
+
+
+def in_chunks(lengths, *, reverse=False, resets, **how):
+    """`gru` from chunk to chunk, each from the h_n of the one before, for `differentiate`."""
+
+    def walk(gx, h0, w_hh, b_hh):
+        h, ys = h0[0], []
+        parts = list(zip(gx.squeeze(2).split(lengths), resets.split(lengths), strict=True))
+        for gx_part, resets_part in parts[:: -1 if reverse else 1]:
+            b = None if b_hh is None else b_hh[0]
+            y, h = gru(gx_part, h, w_hh[0], b, reverse=reverse, resets=resets_part, **how)
+            ys.append(y)
+        return torch.cat(ys[:: -1 if reverse else 1]).unsqueeze(2), h.unsqueeze(0)
+
+    return walk
+
+
+def check_chunks(lengths, B, H, dtype, textbook, reverse):
+    """Against the whole, bit for bit: the state and its gradient are float32 in between."""
+    T = sum(lengths)
+    inputs, cotangents = problem(T, B, 1, H, textbook=textbook, dtype=dtype, device=DEVICE)
+    inputs["h0"], cotangents["dh_n"] = inputs["h0"].float(), cotangents["dh_n"].float()
+    resets = make_resets(inputs["gx"], 0.05).squeeze(2)
+    how = {"reverse": reverse, "resets": resets, "variant": "textbook" if textbook else "torch"}
+    whole = differentiate(in_chunks([T], **how), inputs, cotangents)
+    actual = differentiate(in_chunks(lengths, **how), inputs, cotangents)
+    assert whole["h_n"].dtype == FP32
+    for name in KERNELS_ALONE:
+        assert torch.equal(actual[name], whole[name]), name
+
+
+@VARIANTS
+@pytest.mark.parametrize("B, H", [(3, 64), (1100, 64), (16, 512), (2000, 256)])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+def test_chunks_are_the_whole_bit_for_bit(reverse, dtype, B, H, textbook):
+    """Of one step, of odd and of even numbers of steps, and of more than resets have in a word."""
+    check_chunks([1, 6, 33, 30], B, H, dtype, textbook, reverse)
+
+
+@VARIANTS
+@pytest.mark.gpu(compiled_ahead=False)  # a loop would take minutes; the kernels are those above
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("B, H", [(1, 64), (1, 512)])
+def test_more_steps_than_cudnn_takes(B, H, dtype, textbook):
+    check_chunks([23_333, 23_334, 23_333], B, H, dtype, textbook, False)
+
+
+@VARIANTS
+@REGIMES
+@pytest.mark.gpu(compiled_ahead=False)
+def test_more_elements_than_32_bits_count(B, H, textbook):
+    """Beside chunks of which even the bytes are fewer, bit for bit."""
+    T = 2**31 // (B * H) + 7
+    torch.cuda.empty_cache()
+    free, needed = torch.cuda.mem_get_info()[0], 32 * 2**30  # gx, y, r ⊙ h and chunks of these
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free device memory, there are {free >> 30}")
+    inputs, _ = problem(1, B, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
+    inputs["gx"] = torch.randn(T, B, 1, 3 * H, dtype=BF16, device=DEVICE)
+    inputs["h0"] = inputs["h0"].float()
+    resets = make_resets(inputs["gx"], 0.01)
+    with torch.no_grad():
+        y, h_n = ops.recurrence(**inputs, textbook=textbook, resets=resets)
+        begin, h = 0, inputs["h0"]
+        for gx, mask in zip(inputs["gx"].split(T // 8), resets.split(T // 8), strict=True):
+            part = inputs | {"gx": gx, "h0": h}
+            y_part, h = ops.recurrence(**part, textbook=textbook, resets=mask)
+            assert torch.equal(y[begin : begin + len(gx)], y_part), begin
+            begin += len(gx)
+    assert begin == T and torch.equal(h, h_n)
+
+
+@VARIANTS
+@REGIMES
+@pytest.mark.parametrize("output", ["y", "h_n"])
+def test_one_output_alone(output, B, H, textbook):
+    """The gradient of the other one is None, not zeros."""
+    inputs, cotangents = problem(7, B, 1, H, textbook=textbook, dtype=BF16, device=DEVICE)
+
+    def recurrence(**leaves):
+        results = dict(zip(("y", "h_n"), ops.recurrence(**leaves, textbook=textbook), strict=True))
+        unused = {k: t.detach().requires_grad_() for k, t in results.items()}
+        used = unused | {output: results[output]}
+        return used["y"], used["h_n"]
+
+    zeros = {k: torch.zeros_like(t) for k, t in cotangents.items() if k != f"d{output}"}
+    exact, yardstick = yardsticks(inputs, cotangents | zeros, textbook=textbook)
+    assert_within_rule(differentiate(recurrence, inputs, cotangents), exact, yardstick)
+
+
+@VARIANTS
+@pytest.mark.parametrize("H", [64, 512])
+def test_documents(H, textbook):
+    """Back to back in one sequence they are what each is alone, in both directions."""
+    variant = "textbook" if textbook else "torch"
+    shape = {"bidirectional": True, "variant": variant, "learn_reset": True}
+    layer = TriGRU(8, H, **shape, device=DEVICE, dtype=BF16)
+    nn.init.normal_(layer.reset_state)
+    x = torch.randn(45, 8, device=DEVICE, dtype=BF16)
+    cu_seqlens = torch.tensor([0, 7, 8, 41, 41, 45], device=DEVICE)
+    resets = resets_from_cu_seqlens(cu_seqlens, 45, bidirectional=True)
+    assert resets.device == x.device
+    with torch.no_grad():
+        y, _ = layer(x, resets=resets)
+        documents = [each for each in x.split(cu_seqlens.diff().tolist()) if len(each)]
+        alone = torch.cat([layer(each)[0] for each in documents])
+    exact = torch.cat([in_float64(layer, each) for each in documents])
+    assert_within_rule({"y": y}, {"y": exact}, {"y": alone})
+
+
+@pytest.mark.gpu(compiled_ahead=False)
+def test_documents_that_are_none():
+    """Refused where they can be looked at; a graph holds right ones, and looks at them itself."""
+    for wrong in ([1, 4, 9], [0, 4, 8], [0, 5, 4, 9]):
+        with pytest.raises(ValueError, match="begin with 0, never decrease and end with T = 9"):
+            resets_from_cu_seqlens(torch.tensor(wrong, device=DEVICE), 9)
+    cu_seqlens = torch.tensor([0, 4, 9], device=DEVICE)
+    resets_from_cu_seqlens(cu_seqlens, 9)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        resets = resets_from_cu_seqlens(cu_seqlens, 9)
+    for begin in (4, 7):
+        cu_seqlens[1] = begin
+        graph.replay()
+        assert resets.nonzero().flatten().tolist() == [0, begin]

@@ -4,6 +4,7 @@ sequences in chunks, which carry nothing but the state."""
 import copy
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trigru import TriGRU, gru, ops
-from trigru.accuracy import differentiate, eager_loop, problem
+from trigru.accuracy import differentiate, eager_loop, problem, yardsticks
 from trigru.derivatives import LeanRecurrence
 
 pytestmark = [
@@ -108,6 +109,15 @@ def test_gradients_of_weights(T, D, walk, textbook):
         return ops.recurrence(**inputs, textbook=textbook, **walk)
 
     assert_close(differentiate(ours, inputs, cotangents), differentiate(loop, inputs, cotangents))
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32], ids=str)
+def test_gradients_of_weights_of_many_rows(dtype, textbook):
+    """No sum of 16 bits is rounded on its way."""
+    inputs, cotangents = problem(7, 1100, 1, 16, textbook=textbook, dtype=dtype)
+    actual = differentiate(partial(ops.recurrence, textbook=textbook), inputs, cotangents)
+    assert_within_rule(actual, *yardsticks(inputs, cotangents, textbook=textbook))
 
 
 @FORMS

@@ -356,9 +356,11 @@ def _products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
         gradients, operand = gradients.flatten(0, -3), operand.flatten(0, -3)  # (N, D, …)
         # One product over all steps. The CPU's adds up long sums less exactly than PyTorch's GRU,
         # which takes them step by step, so there the sum is one of short ones: not while a graph is
-        # traced, which must not depend on their number.
+        # traced, which must not depend on their number, and not of 16 bits, to which each of the
+        # short ones would be rounded.
         eager_cpu = type(gradients) is Tensor and gradients.device.type == "cpu"
-        rows = 64 if eager_cpu else gradients.shape[0]
+        by_parts = eager_cpu and gradients.dtype.itemsize > 2
+        rows = 64 if by_parts else gradients.shape[0]
         for g, o in zip(gradients.split(rows), operand.split(rows), strict=True):
             g, o = g.permute(1, 2, 0), o.transpose(0, 1)  # (D, G, n), (D, n, H)
             total = torch.bmm(g, o) if total is None else torch.baddbmm(total, g, o)
