@@ -330,7 +330,7 @@ PTX = [
     ),
 ]
 
-PUBLISH = "                    publish(y, h, mask, FORM)\n"
+PUBLISH = "                        publish(y, h, mask, FORM)\n"
 SETTLE = "arrived = settle(begun[0], ptrs, limit, error_ptr, c + 1, FORM)"
 WAIT_WGMMA = "            if c > 0:\n                sums = wgmma_wait(sums)\n"
 CORRECTIONS = [
@@ -418,7 +418,7 @@ SOURCE = [
     ),
     SourceMutant(
         "row numbers of 32 bits",
-        FAR,
+        replace(FAR, far=3 * 10**8),
         "tiles.py",
         "    return first + row0, ",
         "    return (first + row0).to(gl.int32).to(gl.int64), ",
@@ -529,8 +529,8 @@ SOURCE = [
         "dh with the wrong part of z",
         LATENCY,
         "backward.py",
-        "f = (dy, a_r, a_z, a_n * r, a_n, z)",
-        "f = (dy, a_r, a_z, a_n * r, a_n, 1 - z)",
+        "kept = 1 - z if TEXTBOOK else z",
+        "kept = 1 - z",
         NUMBERS,
     ),
     *(
