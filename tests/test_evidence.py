@@ -93,7 +93,7 @@ def test_resets_are_packed_by_one_kernel(sm_90, tmp_path):
     for T, B, begin in ((1, 1, 0), (33, 16, 0), (64, 7, 1)):
         mask = torch.zeros(T * B + begin, dtype=torch.bool)[begin:].view(T, B, 1)
         walk = {"HEADS": 1, "REVERSE": False, "BIDIRECTIONAL": False}
-        launch.packed_resets(mask, None, B, replace(plan, rows=min(B, 8)), False, **walk)
+        launch.packed_resets(mask, None, B, replace(plan, rows=min(B, 8)), against=False, **walk)
     assert [path.stem for path in tmp_path.rglob("*.cubin")] == ["_pack_resets_kernel"]
 
 
