@@ -176,7 +176,11 @@ class Agent(nn.Module):
     def forward(self, x: Tensor, h: Tensor, begins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the actions (T, B, SYMBOLS), values (T, B), both in float32 at
         least, and the state (1, B, H) after all of x (T, B, SHOWN)."""
-        y, h = self.layer(x, h, resets=begins)
+        if len(x) == 1 and isinstance(self.layer, TriGRU):  # acting
+            y, h = self.layer.step(x[0], h.masked_fill(begins[0, :, None], 0))
+            y = y[None]
+        else:
+            y, h = self.layer(x, h, resets=begins)
         numbers = self.head(y)
         if numbers.dtype.itemsize < 4:
             numbers = numbers.float()
