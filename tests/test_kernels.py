@@ -262,6 +262,7 @@ def test_heads_are_recurrences_side_by_side(case):
         (4, TORCH, STAGED, {"loss": "h_n"}),
         (0, TORCH, WGMMA, {"carried": True}),
         (1, TEXTBOOK, SOLO, {"carried": True}),
+        (0, TEXTBOOK, LATENCY, {"carried": True, "resets": "zero"}),
     )
 )
 def test_one_loss_alone_and_a_state_in_float32(case):

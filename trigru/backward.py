@@ -54,9 +54,10 @@ def _fetch_step(dy_ptr, gates_ptr, before_ptr, y_ptr, h0_ptr, scale_ptr, clip, r
         dy = fetch(dy_ptr + own, mask, FORM)
     if not TEXTBOOK:
         gh_n = fetch(gates + 3 * H, mask, FORM)
-    before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
     if before_ptr is not None:
         before = before_ptr + own
+    else:
+        before = gl.where(is_first, h0_ptr, y_ptr + before_row * (D * H)) + own_y
     before = fetch(before, mask, FORM)
     if scale_ptr is not None:
         scale = fetch(scale_ptr + own, mask, FORM)
