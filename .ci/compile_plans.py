@@ -13,9 +13,8 @@ from trigru.plan import plan_launch
 PLANS = ((90, 64, 16), (90, 512, 16), (90, 256, 4096), (80, 100, 64))  # sm, H, B
 
 for sm, H, B in PLANS:
-    for backward, textbook, resets in product((False, True), repeat=3):
-        if backward != textbook:
-            continue
+    passes = (False, False), (True, True)
+    for (backward, textbook), resets in product(passes, (False, True)):
         which = {"backward": backward, "textbook": textbook}
         plan = plan_launch(TARGETS[sm], B=B, H=H, D=1, itemsize=2, **which)
         which["resets"] = resets

@@ -78,3 +78,12 @@ def form(request, monkeypatch):
     if request.param == "ops":
         monkeypatch.setattr("trigru.layer.ops", believing_in_kernels())
     return "textbook" if request.param == "textbook" else "torch"
+
+
+@pytest.fixture
+def one_thread():
+    """As torchrun has it: beside other processes, more of them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

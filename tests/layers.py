@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import (
 )
 from torch.testing import assert_close
 
-from trigru import ops
+from trigru import TriGRU, ops
 
 BF16, FP16, FP32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 IN, H, T, B = 5, 6, 4, 4
@@ -238,3 +238,15 @@ def assert_same_packing(actual, exact):
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class WrongGradient(TriGRU):
+    def forward(self, x, hx=None):
+        y, h_n = super().forward(x, hx)
+        return y + 2 * (y.detach() - y), h_n  # its sign
+
+
+class Diverges(TriGRU):
+    def forward(self, x, hx=None):
+        y, h_n = super().forward(x, hx)
+        return y * math.inf, h_n

@@ -19,12 +19,7 @@ RUNS = (episodes.LOOP, episodes.PADDED, episodes.TRIGRU)
 ROUNDING = {"rtol": 0, "atol": 1e-12}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The episodes

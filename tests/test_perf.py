@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import Diverges, WrongGradient
 
 import perf.problem
 import perf.sweep
@@ -784,18 +785,6 @@ def test_training_agrees_with_nn_gru(tiny, tmp_path, capsys):
 class IgnoresState(TriGRU):
     def forward(self, x, hx=None):
         return super().forward(x)
-
-
-class WrongGradient(TriGRU):
-    def forward(self, x, hx=None):
-        y, h_n = super().forward(x, hx)
-        return y + 2 * (y.detach() - y), h_n  # its sign
-
-
-class Diverges(TriGRU):
-    def forward(self, x, hx=None):
-        y, h_n = super().forward(x, hx)
-        return y * math.inf, h_n
 
 
 @pytest.mark.parametrize("broken", [IgnoresState, WrongGradient, Diverges])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import Diverges, WrongGradient
 from torch.testing import assert_close
 
 from perf import __main__ as command
@@ -21,12 +22,7 @@ H = 8
 ROUNDING = {"rtol": 0, "atol": 1e-12}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The series
@@ -87,18 +83,6 @@ class OldState(TriGRU):
     def forward(self, x, hx=None):
         y, h_n = super().forward(x, hx)
         return y, h_n if len(x) == 1 else y[-2:-1]
-
-
-class WrongGradient(TriGRU):
-    def forward(self, x, hx=None):
-        y, h_n = super().forward(x, hx)
-        return y + 2 * (y.detach() - y), h_n  # its sign
-
-
-class Diverges(TriGRU):
-    def forward(self, x, hx=None):
-        y, h_n = super().forward(x, hx)
-        return y * math.inf, h_n
 
 
 def readings(chunks, days=50):

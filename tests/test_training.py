@@ -42,16 +42,10 @@ EXACT = {"rtol": 0, "atol": 0}
 # errors tried, as gradients that are not averaged, put the gradients' norms off by 0.1 and more.
 ROUNDING = {"rtol": 0, "atol": 1e-12}
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it may well be
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As torchrun has it: beside other processes, more of them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # it may well be
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Tagger(nn.Module):

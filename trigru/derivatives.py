@@ -110,11 +110,13 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dgates):
         h0, w_hh, y, gates, *modifiers = ctx.saved_tensors
         modifiers, unsaved = modifiers[:4], modifiers[4:]
+        before = None
         if unsaved:  # in a graph that was made without gradients, or by torch.jit.trace
             gx, b_hh = unsaved
-            gates = _gates_again(gx, h0, w_hh, b_hh, y, modifiers, ctx.switches)
+            before = _states_before(y, h0, modifiers, ctx.switches)
+            gates = _gates_again(gx, before, w_hh, b_hh, ctx.switches)
         gradients = _gradients(
-            dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches, dgates=dgates,
+            dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches, before, dgates=dgates,
             of_weights=any(ctx.needs_input_grad[2:4]), has_bias=ctx.has_bias,
         )  # fmt: skip
         return *gradients, *[None] * 6
@@ -146,11 +148,12 @@ class LeanRecurrence(torch.autograd.Function):
         x, w_ih, b_ih, h0, w_hh, b_hh, y, *modifiers = ctx.saved_tensors
         with _autocast_off(x.device):  # it was off or has cast all
             gx = F.linear(x, w_ih, b_ih).unflatten(-1, (len(w_hh), -1))
-            gates = _gates_again(gx, h0, w_hh, b_hh, y, modifiers, ctx.switches)
+            before = _states_before(y, h0, modifiers, ctx.switches)
+            gates = _gates_again(gx, before, w_hh, b_hh, ctx.switches)
             del gx
             needs = ctx.needs_input_grad
             dgx, *gradients = _gradients(
-                dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches,
+                dy, dh_n, h0, w_hh, y, gates, modifiers, ctx.switches, before,
                 of_weights=needs[5] or needs[6], has_bias=b_hh is not None,
             )  # fmt: skip
             dgx = dgx.flatten(-2)  # (…, D · 3H)
@@ -167,26 +170,28 @@ def _autocast_off(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _gates_again(
-    gx: Tensor, h0: Tensor, w_hh: Tensor, b_hh: Tensor | None, y: Tensor, modifiers: Sequence,
-    switches: Sequence,
-) -> Tensor:  # fmt: skip
-    """The gates that `trigru::forward` would have saved, from what it was given and its y."""
+def _states_before(y: Tensor, h0: Tensor, modifiers: Sequence, switches: Sequence) -> Tensor:
     offsets, resets, reset_state, _ = modifiers
-    walk = _walk(*switches)
-    before = reference.states_before(
-        y, h0, offsets, resets=resets, reset_state=reset_state, **_order(walk)
+    return reference.states_before(
+        y, h0, offsets, resets=resets, reset_state=reset_state, **_order(_walk(*switches))
     )
-    return reference.gates_of(gx, before, w_hh, b_hh, textbook=walk["textbook"])
+
+
+def _gates_again(
+    gx: Tensor, before: Tensor, w_hh: Tensor, b_hh: Tensor | None, switches: Sequence
+) -> Tensor:
+    """The gates that `trigru::forward` would have saved, from what it was given and `before`."""
+    textbook = _walk(*switches)["textbook"]
+    return reference.gates_of(gx, before, w_hh, b_hh, textbook=textbook)
 
 
 def _gradients(
     dy: Tensor | None, dh_n: Tensor | None, h0: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor,
-    modifiers: Sequence, switches: Sequence, *, of_weights: bool, has_bias: bool,
-    dgates: Tensor | None = None,
+    modifiers: Sequence, switches: Sequence, before: Tensor | None, *, of_weights: bool,
+    has_bias: bool, dgates: Tensor | None = None,
 ) -> tuple:  # fmt: skip
     """Of `trigru::forward`'s tensors, in their order: the walk back and, `of_weights`, the products
-    behind it."""
+    behind it. before: the states before each step, where they are made already."""
     offsets, resets, reset_state, update_scale = modifiers
     walk = _walk(*switches)
     tensors = dy, dh_n, h0, w_hh, y, gates, *modifiers
@@ -206,9 +211,8 @@ def _gradients(
         if offsets is None and resets is None:
             dw_hh, db_hh = _weight_gradients_of_padded(dgh, y, h0, reset_gate, **_order(walk))
         else:
-            before = reference.states_before(
-                y, h0, offsets, resets=resets, reset_state=reset_state, **_order(walk)
-            )
+            if before is None:
+                before = _states_before(y, h0, modifiers, switches)
             reset = before if reset_gate is None else reset_gate * before
             dw_hh, db_hh = weight_gradients(dgh, before, reset)
     return (

@@ -251,9 +251,9 @@ class TriGRU(nn.RNNBase):
                 "a bidirectional layer has no steps: its second direction begins at the end of the "
                 "sequence"
             )
-        for name, tensor in (("x_t", x_t), ("hx", hx)):
-            if not (isinstance(tensor, Tensor) or (name == "hx" and tensor is None)):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        ops.expect_tensor("x_t", x_t)
+        if hx is not None:
+            ops.expect_tensor("hx", hx)
         batched = x_t.dim() == 2
         if not batched and x_t.dim() != 1:
             raise ValueError(f"GRU: Expected x_t to be 1D or 2D, got {x_t.dim()}D instead")
@@ -419,8 +419,7 @@ class TriGRU(nn.RNNBase):
         ):
             if not per_sample:
                 ops.warn_of_fallback(input.device, dtype, self.hidden_size // heads, textbook)
-            if heads > 1:
-                weights = self._dense(weights)
+            weights = self._dense(weights)
             how = self.bias, self.num_layers, self.dropout, self.training, self.bidirectional
             with ops.without_cudnn() if input.is_cuda else nullcontext():
                 if batch_sizes is None:

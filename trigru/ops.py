@@ -99,10 +99,11 @@ def gru(
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if variant == "textbook" and b_hh is not None:
         raise ValueError("the textbook variant has one bias per gate: add b_hh to gx")
-    given = {"gx": gx, "h0": h0, "w_hh": w_hh, "b_hh": b_hh, "reset_state": reset_state}
-    for name, tensor in given.items():
-        if tensor is not None or name in ("gx", "h0", "w_hh"):
-            _expect_tensor(name, tensor)
+    for name, needed in (("gx", gx), ("h0", h0), ("w_hh", w_hh)):
+        expect_tensor(name, needed)
+    for name, optional in (("b_hh", b_hh), ("reset_state", reset_state)):
+        if optional is not None:
+            expect_tensor(name, optional)
     if gx.dim() != 3 or gx.shape[0] < 1 or gx.shape[2] < 3 or gx.shape[2] % 3:
         raise RuntimeError(
             f"gx must have shape (T, B, 3H) with T, H at least 1, got {tuple(gx.shape)}"
@@ -164,7 +165,7 @@ def per_recurrence(
     """
     lead = tuple(lead)
     if resets is not None:
-        _expect_tensor("resets", resets)
+        expect_tensor("resets", resets)
         if resets.dtype != torch.bool:
             raise TypeError(f"resets must be of torch.bool, got {resets.dtype}")
         _expect("resets", resets, [lead, (*lead, 2)][:directions], device)
@@ -172,7 +173,7 @@ def per_recurrence(
             resets = resets.unsqueeze(-1)
         resets = resets.unsqueeze(-1).expand(*lead, directions, heads).flatten(-2)
     if update_scale is not None:
-        _expect_tensor("update_scale", update_scale)
+        expect_tensor("update_scale", update_scale)
         if not update_scale.is_floating_point():
             raise TypeError(f"update_scale must be of a floating dtype, got {update_scale.dtype}")
         _expect("update_scale", update_scale, [lead, (*lead, H)], device)
@@ -183,7 +184,7 @@ def per_recurrence(
     return resets, update_scale
 
 
-def _expect_tensor(name: str, value: Any) -> None:
+def expect_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
@@ -209,7 +210,7 @@ def resets_from_cu_seqlens(cu_seqlens: Tensor, T: int, *, bidirectional: bool = 
     Raises TypeError on another dtype, ValueError on another shape or other values. To look at those
     on a CUDA device waits for it, once. Where that cannot be, in a compiled function and while a
     CUDA graph is captured, an assertion on the device stands for it."""
-    _expect_tensor("cu_seqlens", cu_seqlens)
+    expect_tensor("cu_seqlens", cu_seqlens)
     if isinstance(T, bool) or not isinstance(T, int | torch.SymInt):
         raise TypeError(f"T must be an int, got {type(T).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

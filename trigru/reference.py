@@ -255,28 +255,30 @@ def gru_backward(
             dh = dh[: steps[t]] if dy_d is None else dh[: steps[t]] + dy_d[t]
             if limit is not None:
                 dh = torch.where(y_d[t].abs() >= limit, 0, dh)
-            to_candidate = (n - h) * (z if textbook else 1 - z)
-            scale = 1 if scale_d is None else scale_d[t]
-            dscale_d[t] = dh * to_candidate
+            dh_scaled, kept = dh, 1 - z if textbook else z
+            if scale_d is not None:
+                share = z if textbook else 1 - z
+                dscale_d[t] = dh * ((n - h) * share)
+                dh_scaled, kept = dh * scale_d[t], 1 - scale_d[t] * share
             if textbook:
-                da_n = (dn + dh * scale * z) * (1 - n * n)
-                da_z = (dz + dh * scale * (n - h)) * z * (1 - z)
+                da_n = (dn + dh_scaled * z) * (1 - n * n)
+                da_z = (dz + dh_scaled * (n - h)) * z * (1 - z)
                 d_reset = da_n @ w_n
                 da_r = (dr + d_reset * h) * r * (1 - r)
                 da_rz = torch.cat((da_r, da_z), -1)
-                dh = dh * (1 - scale * z) + d_reset * r + da_rz @ w_rz
+                dh = dh * kept + d_reset * r + da_rz @ w_rz
             else:
-                da_n = (dn + dh * scale * (1 - z)) * (1 - n * n)
-                da_z = (dz + dh * scale * (h - n)) * z * (1 - z)
+                da_n = (dn + dh_scaled * (1 - z)) * (1 - n * n)
+                da_z = (dz + dh_scaled * (h - n)) * z * (1 - z)
                 da_r = (dr + da_n * gh_n[0]) * r * (1 - r)
                 dgh_d[t] = torch.cat((da_r, da_z, da_n * r + dgh_n[0]), -1)
-                kept = z if scale_d is None else 1 - scale * (1 - z)
                 dh = dh * kept + dgh_d[t] @ w_hh[d]
             dgx_d[t] = torch.cat((da_r, da_z, da_n), -1)
             if resets_d is not None:
                 reset = resets_d[t].unsqueeze(-1)
-                mine = dreset_d[: steps[t]] + torch.where(reset, dh, 0)
-                dreset_d = torch.cat((mine, dreset_d[steps[t] :]))
+                if reset_state is not None:
+                    mine = dreset_d[: steps[t]] + torch.where(reset, dh, 0)
+                    dreset_d = torch.cat((mine, dreset_d[steps[t] :]))
                 dh = torch.where(reset, 0, dh)
             if offsets is not None:
                 dh = torch.cat((dh, waiting))
